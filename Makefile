@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
+	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
+
+test: lint types  ## lint, type check, doctests and tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: .venv/.installed  ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.installed  ## mypy on the package
+	$(BIN)/mypy p4flows
+
+bench: .venv/.installed  ## speed and memory of the layers
+	$(BIN)/python benchmarks/layers.py
+
+clean:  ## remove .venv, caches and builds; results/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,examples]" -c constraints.txt
+	@touch $@

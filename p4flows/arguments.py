@@ -1,0 +1,71 @@
+"""Checks of arguments that many constructors share, with one wording."""
+
+import torch
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Refuse what is not a positive int.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what came.
+
+    Raises:
+        TypeError: when the value is not an int (True and False are not).
+        ValueError: when it is below one.
+
+    Example:
+        >>> check_positive_int("blocks", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: blocks must be a positive int, got 0
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value}")
+
+
+def check_floating(inputs: torch.Tensor) -> None:
+    """Refuse what is not a floating-point tensor with a batch dimension.
+
+    Args:
+        inputs: what came.
+
+    Raises:
+        TypeError: when it is not a floating-point tensor.
+        ValueError: when it is a scalar.
+
+    Example:
+        >>> check_floating(torch.ones(5, dtype=torch.int64))
+        Traceback (most recent call last):
+        ...
+        TypeError: inputs must be a floating-point tensor, got torch.int64
+    """
+    if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
+        found = inputs.dtype if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        raise TypeError(f"inputs must be a floating-point tensor, got {found}")
+    if inputs.dim() == 0:
+        raise ValueError("inputs must have a batch dimension, got a scalar")
+
+
+def check_rows(inputs: torch.Tensor, features: int) -> None:
+    """Refuse what is not a floating-point batch of rows of shape `(N, features)`.
+
+    Args:
+        inputs: what came.
+        features: the expected number of columns.
+
+    Raises:
+        TypeError: when it is not a floating-point tensor.
+        ValueError: when its shape is another one.
+
+    Example:
+        >>> check_rows(torch.ones(5, 3), 2)
+        Traceback (most recent call last):
+        ...
+        ValueError: inputs must have shape (N, 2), got (5, 3)
+    """
+    check_floating(inputs)
+    if inputs.dim() != 2 or inputs.shape[1] != features:
+        raise ValueError(f"inputs must have shape (N, {features}), got {tuple(inputs.shape)}")

@@ -1,0 +1,121 @@
+"""Rank-k formulas and iterative inversion for batches of matrices, as pure functions.
+
+Matrices have shape `(*batch, n, n)`, their rank-k factors `(*batch, n, k)`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def capacitance(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The products that the determinant lemma and the Woodbury identity share.
+
+    Args:
+        inverse: A⁻¹, shape `(*batch, n, n)`.
+        u: shape `(*batch, n, k)`.
+        v: shape `(*batch, n, k)`.
+
+    Returns:
+        `w = A⁻¹u` of shape `(*batch, n, k)` and the capacitance matrix `G = I + vᵀA⁻¹u` of shape
+        `(*batch, k, k)`; for k = 1 it is the G of the paper's Appendix A. Cost O(n²k).
+
+    Example:
+        >>> a, u, v = torch.diag(torch.tensor([2.0, 4.0])), torch.ones(2, 1), torch.ones(2, 1)
+        >>> w, g = capacitance(torch.linalg.inv(a), u, v)
+        >>> torch.allclose(torch.det(a + u @ v.mT), g.squeeze() * torch.det(a))
+        True
+    """
+    w = inverse @ u
+    identity = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    return w, identity + v.mT @ w
+
+
+def slogdet_small(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Sign and log absolute determinant of k × k matrices, without LU where k = 1.
+
+    Args:
+        g: shape `(*batch, k, k)`.
+
+    Returns:
+        sign and logabsdet of shape `(*batch,)`, as `torch.linalg.slogdet`.
+
+    Example:
+        >>> sign, logabsdet = slogdet_small(torch.tensor([[-1.0]]))
+        >>> sign.item(), logabsdet.item()
+        (-1.0, 0.0)
+    """
+    if g.shape[-1] == 1:
+        scalar = g[..., 0, 0]
+        return torch.sign(scalar), torch.log(torch.abs(scalar))
+    sign, logabsdet = torch.linalg.slogdet(g)
+    return sign, logabsdet
+
+
+def inverse_small(g: Tensor) -> Tensor:
+    """Inverse of k × k matrices; a singular one gives non-finite numbers and no exception.
+
+    Args:
+        g: shape `(*batch, k, k)`.
+
+    Returns:
+        Tensor of the same shape.
+
+    Example:
+        >>> inverse_small(torch.tensor([[4.0]])).item()
+        0.25
+    """
+    if g.shape[-1] == 1:
+        return g.reciprocal()
+    return torch.linalg.inv_ex(g).inverse
+
+
+def residual(matrix: Tensor, inverse: Tensor) -> Tensor:
+    """How far a stored inverse is from the inverse: `I − A·X`.
+
+    Args:
+        matrix: A, shape `(*batch, n, n)`.
+        inverse: X ≈ A⁻¹, same shape.
+
+    Returns:
+        Tensor of the same shape. Cost O(n³).
+
+    Example:
+        >>> residual(2 * torch.eye(3), torch.eye(3) / 2).abs().max().item()
+        0.0
+    """
+    error = matrix @ inverse
+    error.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    return error.neg_()
+
+
+def refine_inverse(inverse: Tensor, error: Tensor, order: int = 3) -> Tensor:
+    """One step of the iterative inversion of Soleymani (2014), X·(I + R + … + R^(order−1)).
+
+    The new residual is R^order, so it converges when the spectral radius of R is below one.
+
+    Args:
+        inverse: X ≈ A⁻¹, shape `(*batch, n, n)`.
+        error: the residual R = I − A·X.
+        order: 2, 3 or 7; 1, 2 or 4 matrix products on top of the one in the residual.
+
+    Returns:
+        The refined inverse.
+
+    Raises:
+        ValueError: when the order is another one.
+
+    Example:
+        >>> a, x = 2 * torch.eye(2), torch.eye(2) * 0.4
+        >>> refine_inverse(x, residual(a, x), order=3)[0, 0].item() > 0.49
+        True
+    """
+    if order == 2:
+        return inverse + inverse @ error
+    squared = error @ error
+    if order == 3:
+        return inverse + inverse @ (error + squared)
+    if order == 7:
+        tail = squared + squared @ squared
+        tail.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        return inverse + inverse @ ((error + squared) @ tail)
+    raise ValueError(f"order must be 2, 3 or 7, got {order}")

@@ -1,0 +1,234 @@
+"""PerturbedMatrix: a frozen matrix with a small trainable perturbation (paper, Section 2.1)."""
+
+import abc
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from p4flows.draws import standard_normal
+
+
+class MergeOutcome(NamedTuple):
+    """What a merge did with each matrix: boolean tensors of the matrices' `batch_shape`.
+
+    Attributes:
+        merged: the perturbation went into the frozen matrix.
+        forced: merged although the merge was outside its bounds.
+        reset: the perturbation was not finite and was thrown away without a merge.
+    """
+
+    merged: Tensor
+    forced: Tensor
+    reset: Tensor
+
+
+class PerturbedMatrix(nn.Module, abc.ABC):
+    """A frozen matrix A in a feasible set S, read through a trainable perturbation R_B.
+
+    The perturbation has two factors B = (u, v). Whatever v is, u = 0 gives the identity
+    (B₀ of the paper); v holds the random directions in which u can move the matrix. A step of the
+    optimizer trains u and v; `merge` carries them into A (equations 1 and 2) and starts again
+    from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
+
+    A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
+    `correct`, `penalty` and `_merge`.
+
+    Args:
+        frozen: the initial A, shape `(*batch_shape, size, size)`; it gives dtype and device.
+        rank: number k of columns of u and v, 1 ≤ k ≤ size.
+
+    Attributes:
+        u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
+        v: parameter, same shape, drawn from N(0, I/rank) so that E[v vᵀ] = I at every rank.
+        frozen: buffer, A.
+        seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
+        draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
+
+    Raises:
+        TypeError: when the rank is not an int.
+        ValueError: when the rank is outside 1 … size.
+    """
+
+    _version = 1
+
+    frozen: Tensor
+    seed: Tensor
+    draws: Tensor
+
+    def __init__(self, frozen: Tensor, rank: int) -> None:
+        super().__init__()
+        size = frozen.shape[-1]
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise TypeError(f"rank must be an int, got {type(rank).__name__}")
+        if not 1 <= rank <= size:
+            raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
+        batch_shape = frozen.shape[:-2]
+        self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
+        self.v = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
+        self.register_buffer("frozen", frozen)
+        seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
+        self.register_buffer("seed", seed.to(frozen.device))
+        self.register_buffer("draws", torch.zeros_like(self.seed))
+        self.reset()
+
+    @property
+    def size(self) -> int:
+        """Number n of rows and columns."""
+        return self.frozen.shape[-1]
+
+    @property
+    def rank(self) -> int:
+        """Number k of columns of u and v."""
+        return self.u.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the batch of matrices, `()` for a single one."""
+        return self.frozen.shape[:-2]
+
+    @abc.abstractmethod
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Ã x + bias for rows x of shape `(*batch_shape, N, n)`, in O(n²N)."""
+
+    @abc.abstractmethod
+    def solve(self, y: Tensor) -> Tensor:
+        """Ã⁻¹ y for rows y of shape `(*batch_shape, N, n)`, in O(n²N)."""
+
+    @abc.abstractmethod
+    def dense(self) -> Tensor:
+        """The perturbed matrix Ã = R_B(A), shape `(*batch_shape, n, n)`, in O(n²k)."""
+
+    @abc.abstractmethod
+    def inverse(self) -> Tensor:
+        """The inverse of the perturbed matrix, shape `(*batch_shape, n, n)`, in O(n²k)."""
+
+    @abc.abstractmethod
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Sign and log absolute determinant of Ã, each of shape `batch_shape`, in O(n²k)."""
+
+    @abc.abstractmethod
+    def correct(self) -> Tensor:
+        """Rectify the rounding errors of past merges, in O(n³).
+
+        Returns:
+            Boolean tensor of shape `batch_shape`: what had to be rebuilt from A.
+        """
+
+    @abc.abstractmethod
+    def penalty(self) -> Tensor:
+        """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
+
+    @abc.abstractmethod
+    def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
+        """Carry the perturbation of the candidates into the frozen state; (merged, forced)."""
+
+    def merge(self, force: bool = False) -> Tensor:
+        """Merge the perturbation into the frozen matrix: A ← R_B(A), then B ← B₀.
+
+        The perturbed matrix, its inverse and its determinant do not change beyond rounding. A
+        perturbation that is not finite is reset and not merged.
+
+        Args:
+            force: merge also what is outside its bounds (N_force of the paper's Appendix B). A
+                merge that would leave the frozen state non-finite is refused all the same.
+
+        Returns:
+            Boolean tensor of shape `batch_shape`: what was merged.
+        """
+        return self.attempt_merge(force).merged
+
+    @torch.no_grad()
+    def attempt_merge(self, force: bool = False) -> MergeOutcome:
+        """As `merge`, with the reasons: what was merged, what by force, what was reset."""
+        finite = (self.u.isfinite() & self.v.isfinite()).flatten(-2).all(-1)
+        merged, forced = self._merge(finite, force)
+        self._restart(merged | ~finite)
+        return MergeOutcome(merged, forced, ~finite)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
+        self._restart(torch.ones_like(self.draws, dtype=torch.bool))
+
+    def _restart(self, where: Tensor) -> None:
+        """Set u to zero and redraw v for the matrices in `where`."""
+        fresh = standard_normal(self.seed, self.draws, (self.size, self.rank))
+        fresh = fresh.to(self.v.dtype) / math.sqrt(self.rank)
+        column = where[..., None, None]
+        self.u.masked_fill_(column, 0.0)
+        self.v.copy_(torch.where(column, fresh, self.v))
+        self.draws.add_(where)
+
+    @classmethod
+    def stack(cls, matrices: Sequence[Self]) -> Self:
+        """One batched matrix that holds copies of several of the same shape and kind.
+
+        Args:
+            matrices: at least one; same class, size, rank, dtype, device and bounds.
+
+        Returns:
+            A matrix of `batch_shape = (len(matrices), *matrices[0].batch_shape)`.
+
+        Raises:
+            ValueError: when they differ.
+        """
+        if len({matrix.layout() for matrix in matrices}) != 1:
+            found = sorted({str(matrix.layout()) for matrix in matrices})
+            raise ValueError(f"matrices must be one or more of the same layout, got {found}")
+        first = matrices[0]
+        stacked = copy.copy(first)
+        stacked._parameters = {
+            name: nn.Parameter(
+                torch.stack([matrix._parameters[name].detach() for matrix in matrices]),  # type: ignore[union-attr]
+                requires_grad=parameter.requires_grad,
+            )
+            for name, parameter in first._parameters.items()
+            if parameter is not None
+        }
+        stacked._buffers = {
+            name: torch.stack([matrix._buffers[name] for matrix in matrices])  # type: ignore[misc]
+            for name in first._buffers
+        }
+        return stacked
+
+    @torch.no_grad()
+    def unstack_into(self, matrices: Sequence["PerturbedMatrix"]) -> None:
+        """Write the state of a stacked matrix back into the matrices it was made from.
+
+        Args:
+            matrices: as many as the leading dimension of `batch_shape`, in the order of `stack`.
+        """
+        for name, stacked in (*self.named_parameters(), *self.named_buffers()):
+            targets = [getattr(matrix, name) for matrix in matrices]
+            torch._foreach_copy_(targets, list(stacked.unbind()))
+
+    def layout(self) -> tuple[Any, ...]:
+        """What two matrices must have in common to be stacked."""
+        return (
+            type(self).__name__,
+            tuple(self.u.shape),
+            self.u.dtype,
+            self.u.device,
+            self.u.requires_grad,
+            self.v.requires_grad,
+        )
+
+    def extra_repr(self) -> str:
+        """Size, batch shape and rank, for `repr`."""
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
+        return f"size={self.size}{batch}, rank={self.rank}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version", self._version)
+        if version > self._version:
+            raise RuntimeError(
+                f"{prefix.rstrip('.') or type(self).__name__} was saved with state layout version "
+                f"{version}, newer than {self._version}: update p4flows to load it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -1,0 +1,60 @@
+"""Starting the optimizer state of re-initialised parameters anew, in place.
+
+In place, because fused, capturable and compiled optimizers keep hold of the very tensors; and entry
+by entry, because one parameter may hold a batch of matrices of which only some were merged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+# What torch.optim starts an entry with where that is not zero, from the parameter's group.
+_INITIAL: dict[str, Callable[[dict[str, Any]], float]] = {
+    "mu_product": lambda group: 1.0,  # NAdam
+    "mu": lambda group: 1.0,  # ASGD
+    "eta": lambda group: float(group["lr"]),  # ASGD
+    "step_size": lambda group: float(group["lr"]),  # Rprop
+    "sum": lambda group: float(group["initial_accumulator_value"]),  # Adagrad
+}
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+@torch.no_grad()
+def restart_parameter(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+    """Give the state of a re-initialised parameter the values of a fresh optimizer.
+
+    Args:
+        optimizer: any of `torch.optim` with a state for each parameter; an unknown entry of
+            another optimizer is set to zero.
+        parameter: shape `(*batch, n, k)`.
+        where: boolean tensor of shape `batch`: which matrices were re-initialised. Entries with a
+            batch dimension restart there; those that all matrices share (the step count) restart
+            when every matrix did.
+    """
+    everywhere = bool(where.all())
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        initial = 0.0
+        if name in _INITIAL:
+            initial = _INITIAL[name](_group_of(optimizer, parameter))
+        if isinstance(value, Tensor) and value.dim() > 0 and value.dim() == parameter.dim():
+            value.masked_fill_(where[..., None, None], initial)
+        elif isinstance(value, Tensor) and everywhere:
+            value.fill_(initial)
+        elif isinstance(value, int | float) and everywhere:
+            state[name] = type(value)(initial)
+
+
+def restart_lbfgs(optimizer: LBFGS) -> None:
+    """Drop the history of LBFGS: its curvature pairs mix all parameters and fit none any more."""
+    state = optimizer.state[optimizer._params[0]]
+    evaluations = state.get("func_evals", 0)
+    state.clear()
+    state["func_evals"] = evaluations
+    state["n_iter"] = 0

@@ -1,0 +1,333 @@
+"""fit: the training loop that the examples share, with progress, checkpoints and exact resume."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from p4flows.arguments import check_positive_int
+from p4flows.merging import MergeHook
+
+_FORMAT = 1
+# Formatting the bar costs as much as a step of a small flow, so it is not done at each one.
+_SHOW_EVERY = 50
+
+BatchFunction = Callable[[torch.Generator], Any]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class FitResult(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+        losses: loss of every step, without the penalty, shape `(steps,)`, float64.
+        seconds: training time, that before a resume included.
+    """
+
+    losses: Tensor
+    seconds: float
+
+
+def negative_log_likelihood(flow: nn.Module, batch: Any) -> Tensor:
+    """Mean of −log q(x), the forward KL divergence up to the entropy of the data.
+
+    Args:
+        flow: has `log_prob(inputs, context=None)`.
+        batch: inputs, or a tuple or list (inputs,) or (inputs, context) as from a `DataLoader`.
+
+    Returns:
+        A differentiable scalar.
+    """
+    arguments = batch if isinstance(batch, tuple | list) else (batch,)
+    return -flow.log_prob(*arguments).mean()  # type: ignore[operator]
+
+
+def fit(
+    flow: nn.Module,
+    batches: BatchFunction | Iterable[Any],
+    *,
+    steps: int,
+    optimizer: Optimizer,
+    hook: MergeHook | None = None,
+    penalty: float = 0.0,
+    scheduler: LRScheduler | None = None,
+    loss: Loss = negative_log_likelihood,
+    generator: torch.Generator | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1000,
+    resume: bool | str | os.PathLike[str] = False,
+    progress: bool = True,
+) -> FitResult:
+    """Train a flow for a number of gradient steps.
+
+    Args:
+        flow: the module to train; its train/eval mode is put back at the end.
+        batches: a function of a `torch.Generator` that returns the next batch, or an iterable of
+            batches (a `DataLoader`), which is started again whenever it is exhausted.
+        steps: number of gradient steps in all, those before a resume included.
+        optimizer: trains the flow's parameters.
+        hook: the `MergeHook` on the optimizer; it is saved and shown, and merges by itself.
+        penalty: strength C_p of the hook's penalty, added to the loss.
+        scheduler: learning-rate schedule, stepped after every gradient step.
+        loss: function of (flow, batch) that returns a scalar; −log-likelihood by default.
+        generator: passed to `batches`; by default one that starts from torch's global seed.
+        checkpoint: file that takes flow, optimizer, scheduler, hook and random state together.
+        checkpoint_every: steps between checkpoints; one more is written at the end.
+        resume: True continues from `checkpoint` if that file exists; a path continues from there.
+            The run ends with the numbers that an uninterrupted one would have ended with.
+        progress: whether to show a progress bar with the loss and the merge counts.
+
+    Returns:
+        A `FitResult`.
+
+    Raises:
+        TypeError: when steps or checkpoint_every is not an int.
+        ValueError: when one is not positive, the batches run out, a penalty is asked for without a
+            hook, or the checkpoint is of another architecture (nothing has been overwritten then).
+        FloatingPointError: when the loss is not finite, before the step is taken.
+        FileNotFoundError: when resume names a file that does not exist.
+
+    Example:
+        >>> from p4flows import bent_stacked_flow, toy
+        >>> flow = bent_stacked_flow(2, 2)
+        >>> optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
+        >>> hook = MergeHook(flow, optimizer, every=10)
+        >>> sample = toy.TARGETS["moons"].sample
+        >>> result = fit(flow, lambda generator: sample(50, generator), steps=20,
+        ...              optimizer=optimizer, hook=hook, progress=False)
+        >>> result.losses.shape
+        torch.Size([20])
+    """
+    for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every)):
+        check_positive_int(name, count)
+    if penalty != 0.0 and hook is None:
+        raise ValueError("penalty needs a hook: pass hook=MergeHook(flow, optimizer)")
+    if resume is True and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint=, the file to continue from")
+    if generator is None:
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+
+    run = _Run(flow, optimizer, scheduler, hook, generator, _source(batches))
+    path = None if checkpoint is None else Path(checkpoint)
+    if not isinstance(resume, bool):
+        run.load(Path(resume))
+    elif resume and path is not None and path.exists():
+        run.load(path)
+
+    last_saved = run.step or None
+    was_training = flow.training
+    flow.train()
+    begin = time.perf_counter() - run.seconds
+    try:
+        with tqdm(total=steps, initial=run.step, disable=not progress, unit="step") as bar:
+            while run.step < steps:
+                batch = run.source(generator)
+                value: Tensor = loss(flow, batch)
+                number = value.item()
+                if not torch.isfinite(value):
+                    raise FloatingPointError(_not_finite(number, run.step, path, last_saved))
+                if hook is not None and penalty != 0.0:
+                    value = value + hook.penalty(penalty)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                if scheduler is not None:
+                    scheduler.step()
+                run.losses.append(number)
+                run.seconds = time.perf_counter() - begin
+                bar.update()
+                if run.step % _SHOW_EVERY == 0 or run.step == steps:
+                    bar.set_postfix(_shown(number, hook), refresh=False)
+                if path is not None and (run.step % checkpoint_every == 0 or run.step == steps):
+                    run.save(path)
+                    last_saved = run.step
+    finally:
+        flow.train(was_training)
+    return FitResult(torch.tensor(run.losses, dtype=torch.float64), run.seconds)
+
+
+class _Run:
+    """All state of a training run that a checkpoint has to hold."""
+
+    def __init__(
+        self,
+        flow: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        hook: MergeHook | None,
+        generator: torch.Generator,
+        source: "_FunctionSource | _IterableSource",
+    ) -> None:
+        self.parts: dict[str, Any] = {"flow": flow, "optimizer": optimizer, "source": source}
+        for name, part in (("scheduler", scheduler), ("hook", hook)):
+            if part is not None:
+                self.parts[name] = part
+        self.source = source
+        self.generator = generator
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def save(self, path: Path) -> None:
+        state = {
+            "format": _FORMAT,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "losses": torch.tensor(self.losses, dtype=torch.float64),
+            "seconds": self.seconds,
+            "generator": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and moved, so that a kill at any moment leaves a whole checkpoint.
+        aside = path.with_name(path.name + ".part")
+        torch.save(state, aside)
+        os.replace(aside, path)
+
+    def load(self, path: Path) -> None:
+        # On the CPU, where random states live; load_state_dict moves the rest to its device.
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        self._check(state, path)
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.losses = state["losses"].tolist()
+        self.seconds = state["seconds"]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _check(self, state: dict[str, Any], path: Path) -> None:
+        """An error before anything is overwritten when the checkpoint fits another run."""
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} has checkpoint format {state.get('format')}, expected {_FORMAT}"
+            )
+        if state["parts"].keys() != self.parts.keys():
+            raise ValueError(
+                f"{path} holds {sorted(state['parts'])}, this run has {sorted(self.parts)}"
+            )
+        saved = {name: tuple(t.shape) for name, t in _tensors(state["parts"]["flow"])}
+        present = {name: tuple(t.shape) for name, t in _tensors(self.parts["flow"].state_dict())}
+        differing = sorted(
+            name for name in saved.keys() | present.keys() if saved.get(name) != present.get(name)
+        )
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{path} is of another architecture: {len(differing)} tensors differ, first "
+                f"{name}: {saved.get(name)} in the file, {present.get(name)} in the flow"
+            )
+        groups = [len(group["params"]) for group in state["parts"]["optimizer"]["param_groups"]]
+        expected = [len(group["params"]) for group in self.parts["optimizer"].param_groups]
+        if groups != expected:
+            raise ValueError(
+                f"{path} is of another optimizer: parameter groups of {groups} parameters, "
+                f"expected {expected}"
+            )
+
+
+def _tensors(state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in state_dict.items() if isinstance(value, Tensor))
+
+
+class _FunctionSource:
+    """Batches from a function of a generator: the generator's state is all there is to save."""
+
+    def __init__(self, function: BatchFunction) -> None:
+        self.function = function
+
+    def __call__(self, generator: torch.Generator) -> Any:
+        return self.function(generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class _IterableSource:
+    """Batches from an iterable, again and again; resumes by replaying the epoch it was in."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self.iterable = iterable
+        self.iterator: Iterator[Any] | None = None
+        self.position = 0
+        self.epoch_random = torch.get_rng_state()
+
+    def __call__(self, generator: torch.Generator) -> Any:
+        if self.iterator is None:
+            self._start_epoch()
+        try:
+            batch = self._next()
+        except StopIteration:
+            self._start_epoch()
+            try:
+                batch = self._next()
+            except StopIteration:
+                raise ValueError(
+                    "batches ran out: pass an iterable that can be started again, or a function"
+                ) from None
+        return batch
+
+    def _start_epoch(self) -> None:
+        # A DataLoader shuffles by the global random state that it finds here.
+        self.epoch_random = torch.get_rng_state()
+        self.iterator = iter(self.iterable)
+        self.position = 0
+
+    def _next(self) -> Any:
+        assert self.iterator is not None
+        batch = next(self.iterator)
+        self.position += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "epoch_random": self.epoch_random}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        torch.set_rng_state(state_dict["epoch_random"])
+        self._start_epoch()
+        for _ in range(state_dict["position"]):
+            self._next()
+
+
+def _source(batches: BatchFunction | Iterable[Any]) -> _FunctionSource | _IterableSource:
+    if callable(batches):
+        return _FunctionSource(batches)
+    if isinstance(batches, Iterable):
+        return _IterableSource(batches)
+    raise TypeError(
+        f"batches must be a function of a generator or an iterable, got {type(batches).__name__}"
+    )
+
+
+def _shown(loss: float, hook: MergeHook | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {"loss": f"{loss:.4f}"}
+    if hook is not None:
+        shown["merged"] = hook.stats.merged
+        shown["skipped"] = hook.stats.skipped
+    return shown
+
+
+def _not_finite(loss: float, step: int, path: Path | None, last_saved: int | None) -> str:
+    if path is None:
+        advice = "no checkpoint was asked for"
+    elif last_saved is not None:
+        advice = f"the last good checkpoint is {path} (step {last_saved})"
+    elif path.exists():
+        advice = f"the last good checkpoint is {path}"
+    else:
+        advice = "no checkpoint has been written yet"
+    return f"loss is {loss} at step {step + 1}; {advice}"

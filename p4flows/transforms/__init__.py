@@ -1,0 +1,8 @@
+"""Layers that move data: nflows Transforms, each `(inputs, context) → (outputs, logabsdet)`."""
+
+from p4flows.transforms.bent import BentIdentity
+from p4flows.transforms.bent_stack import BentStack
+from p4flows.transforms.coupling import AffineCoupling
+from p4flows.transforms.linear import P4InvTransform
+
+__all__ = ["AffineCoupling", "BentIdentity", "BentStack", "P4InvTransform"]

@@ -1,0 +1,175 @@
+"""BentStack: all blocks of a Bent-stacked flow as one Transform over one batch of matrices."""
+
+import torch
+from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
+from torch import Tensor, nn
+
+from p4flows.arguments import check_positive_int, check_rows
+from p4flows.linalg import capacitance, inverse_small
+from p4flows.matrices import InvertibleMatrix, MergeBounds
+from p4flows.transforms.bent import BentIdentity
+from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
+from p4flows.transforms.linear import P4InvTransform
+
+
+class BentStack(Transform):
+    """Blocks of [P4Inv, Bent identity, P4Inv, inverse Bent identity] run as one layer.
+
+    Equal to the `CompositeTransform` of the single layers up to rounding, and about ten times
+    faster at n = 2: the layers' matrices are one batched `InvertibleMatrix`, and the constants of
+    the activations are folded into the neighbouring affine maps (Section 2.5, Appendix G).
+
+    Args:
+        features: n.
+        blocks: number of blocks; there are 2·blocks matrices.
+        rank: number k of columns of u and v; 1 is the paper.
+        bounds: when a merge is accepted.
+
+    Attributes:
+        matrix: `InvertibleMatrix` of `batch_shape = (2·blocks,)`, in the order of the forward pass.
+        bias: parameter, shape `(2·blocks, features)`.
+
+    Raises:
+        TypeError: when an argument has the wrong type.
+        ValueError: when one is out of range.
+
+    Cost: forward and inverse O(blocks·D²N), logabsdet O(blocks·D²). Without gradients the memory
+    does not grow with the number of blocks, nor beyond inputs and outputs with N.
+
+    Example:
+        >>> stack = BentStack(2, blocks=100)
+        >>> x = torch.randn(5, 2)
+        >>> y, logabsdet = stack(x)
+        >>> torch.allclose(stack.inverse(y)[0], x, atol=1e-4), logabsdet.shape
+        (True, torch.Size([5]))
+    """
+
+    matrix: InvertibleMatrix
+
+    def __init__(
+        self,
+        features: int,
+        blocks: int,
+        *,
+        rank: int = 1,
+        bounds: MergeBounds = MergeBounds(),
+    ) -> None:
+        check_positive_int("features", features)
+        check_positive_int("blocks", blocks)
+        super().__init__()
+        self.features = features
+        self.matrix = InvertibleMatrix(
+            features, batch_shape=(2 * blocks,), rank=rank, bounds=bounds
+        )
+        self.bias = nn.Parameter(self.matrix.frozen.new_zeros(2 * blocks, features))
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of two matrices each."""
+        return len(self.bias) // 2
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All blocks in order.
+
+        Args:
+            inputs: shape `(N, features)`.
+            context: accepted and ignored.
+
+        Returns:
+            Outputs of shape `(N, features)` and the log absolute determinant of shape `(N,)`.
+
+        Raises:
+            TypeError: when the inputs are not a floating-point tensor.
+            ValueError: when their shape is not `(N, features)`.
+        """
+        check_rows(inputs, self.features)
+        matrix = self.matrix
+        outputs, logabsdet = bent_cascade(
+            inputs, matrix.frozen.unbind(), matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
+        )
+        return outputs, logabsdet + matrix.slogdet()[1].sum()
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All blocks undone, last first; shapes and errors as for `forward`."""
+        check_rows(inputs, self.features)
+        matrix = self.matrix
+        # Ã⁻¹ = A⁻¹ − w G⁻¹ zᵀ is a rank-k perturbation of A⁻¹, so it is the same cascade, but one
+        # that begins with an activation and ends with an affine map.
+        w, g = capacitance(matrix.inverse_frozen, matrix.u, matrix.v)
+        u = -(w @ inverse_small(g)).flip(0)
+        v = (matrix.inverse_frozen.mT @ matrix.v).flip(0)
+        frozen = matrix.inverse_frozen.unbind()[::-1]
+        bias = -self._solve_bias().flip(0)
+        outputs, logabsdet = BentIdentity()(inputs)
+        outputs, log_slopes = bent_cascade(
+            outputs, frozen[:-1], u[:-1], v[:-1], bias[:-1], (INVERSE_BENT, BENT)
+        )
+        outputs = torch.addmm(bias[-1], outputs, frozen[-1].mT) + (outputs @ v[-1]) @ u[-1].mT
+        return outputs, logabsdet + log_slopes - matrix.slogdet()[1].sum()
+
+    def _solve_bias(self) -> Tensor:
+        """Ã⁻¹ b of all layers, shape (2·blocks, features)."""
+        return self.matrix.solve(self.bias.unsqueeze(1)).squeeze(1)
+
+    @torch.no_grad()
+    def to_composite(self) -> CompositeTransform:
+        """The same flow as single layers.
+
+        Returns:
+            A `CompositeTransform` of P4InvTransform and BentIdentity layers with copies of
+            parameters, inverses, log-determinants, seeds and counters.
+        """
+        matrix = self.matrix
+        transforms: list[Transform] = []
+        layers = []
+        for index in range(len(self.bias)):
+            layer = P4InvTransform(self.features, rank=matrix.rank, bounds=matrix.bounds)
+            layer = layer.to(self.bias)
+            assert layer.bias is not None
+            layer.bias.copy_(self.bias[index])
+            layers.append(layer)
+            activation = BentIdentity()
+            transforms += [layer, InverseTransform(activation) if index % 2 else activation]
+        matrix.unstack_into([layer.matrix for layer in layers])
+        return CompositeTransform(transforms)
+
+    @classmethod
+    @torch.no_grad()
+    def from_composite(cls, composite: CompositeTransform) -> "BentStack":
+        """The stack that is equal to a `CompositeTransform` of single layers.
+
+        Args:
+            composite: blocks of [P4InvTransform, BentIdentity, P4InvTransform,
+                InverseTransform(BentIdentity)], as `to_composite` and
+                `bent_stacked_flow(fused=False)` build them.
+
+        Returns:
+            A `BentStack` with copies of parameters, inverses, log-determinants, seeds and counters.
+
+        Raises:
+            ValueError: when the composite consists of anything else, or of layers without bias.
+        """
+        transforms = list(composite._transforms)
+        layers = [layer for layer in transforms[0::2] if isinstance(layer, P4InvTransform)]
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        matching = (
+            len(transforms) % 4 == 0 < len(transforms)
+            and 2 * len(biases) == 2 * len(layers) == len(transforms)
+            and all(isinstance(t, BentIdentity) for t in transforms[1::4])
+            and all(isinstance(t, InverseTransform) for t in transforms[3::4])
+            and all(isinstance(t._transform, BentIdentity) for t in transforms[3::4])
+        )
+        if not matching:
+            raise ValueError(
+                "composite must consist of blocks [P4InvTransform, BentIdentity, P4InvTransform, "
+                f"InverseTransform(BentIdentity)] with bias, got {composite}"
+            )
+        matrix = InvertibleMatrix.stack([layer.matrix for layer in layers])
+        stack = cls(matrix.size, len(layers) // 2, rank=matrix.rank, bounds=matrix.bounds)
+        stack.matrix = matrix
+        stack.bias = nn.Parameter(torch.stack(biases))
+        return stack
+
+    def extra_repr(self) -> str:
+        """What `matrix` does not show already."""
+        return f"blocks={self.blocks}"

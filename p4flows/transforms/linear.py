@@ -1,0 +1,190 @@
+"""Linear layers whose weight is a perturbed matrix, drop-ins for nflows' `LULinear`."""
+
+from typing import Any
+
+import torch
+from nflows.transforms.linear import Linear
+from torch import Tensor, nn
+
+from p4flows.arguments import check_positive_int, check_rows
+from p4flows.matrices import InvertibleMatrix, MergeBounds, PerturbedMatrix
+
+
+class PerturbedLinear(Linear):
+    """nflows' `Linear` over a `PerturbedMatrix`: y = Ã x + b for rows x.
+
+    Args:
+        matrix: the weight; its `batch_shape` is `()`.
+        bias: whether to add a trainable b.
+        using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
+            matrix product for a batch. The cache notices merges, optimizer steps, `.to()` and
+            `load_state_dict`.
+    """
+
+    matrix: PerturbedMatrix
+    bias: nn.Parameter | None
+
+    def __init__(self, matrix: PerturbedMatrix, *, bias: bool, using_cache: bool) -> None:
+        super().__init__(matrix.size, using_cache)
+        self.matrix = matrix
+        self.bias = nn.Parameter(matrix.frozen.new_zeros(matrix.size)) if bias else None
+        self._cache_key: tuple[Any, ...] = ()
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y = Ã x + b.
+
+        Args:
+            inputs: x, shape `(N, features)`.
+            context: accepted and ignored, as by every nflows linear layer.
+
+        Returns:
+            y of shape `(N, features)` and ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
+
+        Raises:
+            TypeError: when the inputs are not a floating-point tensor.
+            ValueError: when their shape is not `(N, features)`.
+        """
+        check_rows(inputs, self.features)
+        if self._cache_applies():
+            outputs, logabsdet = super().forward(inputs)
+            return outputs, logabsdet
+        return self.forward_no_cache(inputs)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = Ã⁻¹ (y − b).
+
+        Args:
+            inputs: y, shape `(N, features)`.
+            context: accepted and ignored.
+
+        Returns:
+            x of shape `(N, features)` and −ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
+
+        Raises:
+            TypeError: when the inputs are not a floating-point tensor.
+            ValueError: when their shape is not `(N, features)`.
+        """
+        check_rows(inputs, self.features)
+        if self._cache_applies():
+            self._check_inverse_cache()
+            outputs = self._without_bias(inputs) @ self.cache.inverse.mT
+            return outputs, -self.cache.logabsdet.repeat(len(inputs))
+        return self.inverse_no_cache(inputs)
+
+    def forward_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
+        outputs = self.matrix.multiply(inputs, self.bias)
+        return outputs, self.logabsdet().repeat(len(inputs))
+
+    def inverse_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """As `inverse`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
+        outputs = self.matrix.solve(self._without_bias(inputs))
+        return outputs, -self.logabsdet().repeat(len(inputs))
+
+    def weight(self) -> Tensor:
+        """Ã, shape `(features, features)`. Cost O(D²)."""
+        return self.matrix.dense()
+
+    def weight_inverse(self) -> Tensor:
+        """Ã⁻¹, shape `(features, features)`. Cost O(D²)."""
+        return self.matrix.inverse()
+
+    def logabsdet(self) -> Tensor:
+        """ln|det Ã|, shape `()`. Cost O(D²)."""
+        return self.matrix.slogdet()[1]
+
+    def extra_repr(self) -> str:
+        """What `matrix` does not show already."""
+        return f"bias={self.bias is not None}, using_cache={self.using_cache}"
+
+    def _without_bias(self, outputs: Tensor) -> Tensor:
+        return outputs if self.bias is None else outputs - self.bias
+
+    def _cache_applies(self) -> bool:
+        if self.training or not self.using_cache or torch.compiler.is_compiling():
+            return False
+        # A cached weight has no graph, so whoever may ask for gradients goes the direct way.
+        return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
+
+    def _check_forward_cache(self) -> None:
+        self._drop_stale_cache()
+        with torch.no_grad():
+            super()._check_forward_cache()
+
+    def _check_inverse_cache(self) -> None:
+        self._drop_stale_cache()
+        with torch.no_grad():
+            super()._check_inverse_cache()
+
+    def _drop_stale_cache(self) -> None:
+        """Empty the cache when any tensor of the matrix was replaced or written to."""
+        tensors = (*self.matrix.parameters(), *self.matrix.buffers())
+        key = (
+            # What is cached in inference mode cannot be used outside of it.
+            torch.is_inference_mode_enabled(),
+            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors),
+        )
+        if key != self._cache_key:
+            self.cache.invalidate()
+            self._cache_key = key
+
+
+class P4InvTransform(PerturbedLinear):
+    """Linear layer with a free invertible matrix, trained by P4Inv updates (Section 2.3).
+
+    A drop-in for nflows' `LULinear` that reaches all of GL(n). A is frozen, u and v (2·n·rank
+    numbers) and the bias are trained; a `MergeHook` on the optimizer carries them into A.
+
+    Args:
+        features: n.
+        rank: number k of columns of u and v; 1 is the paper.
+        init: "identity", "reverse" (A_ij = δ_i(n−j)), a tensor of shape `(n, n)`, which then gives
+            dtype and device, or another nflows `Linear`, whose weight and bias are taken over.
+        bias: whether to add a trainable b.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        bounds: when a merge is accepted.
+
+    Attributes:
+        matrix: the `InvertibleMatrix`.
+        bias: parameter of shape `(features,)`, or None.
+
+    Raises:
+        TypeError: when an argument has the wrong type.
+        ValueError: when features or rank are out of range, or init is of another shape, not finite
+            or singular to working precision.
+
+    Cost: forward and inverse O(D²N), logabsdet O(D²), merge O(D²), each without any factorisation.
+
+    Example:
+        >>> layer = P4InvTransform(3, init="reverse")
+        >>> outputs, logabsdet = layer(torch.tensor([[1.0, 2.0, 3.0]]))
+        >>> outputs.tolist(), logabsdet.tolist()
+        ([[3.0, 2.0, 1.0]], [0.0])
+    """
+
+    matrix: InvertibleMatrix
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        rank: int = 1,
+        init: str | Tensor | Linear = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+        bounds: MergeBounds = MergeBounds(),
+    ) -> None:
+        check_positive_int("features", features)
+        other = init if isinstance(init, Linear) else None
+        weight = init if other is None else other.weight()
+        matrix = InvertibleMatrix(features, rank=rank, init=weight, bounds=bounds)
+        super().__init__(matrix, bias=bias, using_cache=using_cache)
+        if other is not None and other.bias is not None:
+            self._take_over_bias(other.bias)
+
+    @torch.no_grad()
+    def _take_over_bias(self, bias: Tensor) -> None:
+        if self.bias is not None:
+            self.bias.copy_(bias)
+        elif bool((bias != 0).any()):
+            raise ValueError("bias=False cannot take over the non-zero bias of init")
