@@ -103,6 +103,8 @@ def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor)
         matrix = named[init]
     elif isinstance(init, Tensor):
         matrix = init.detach()
+        if matrix.is_complex():
+            raise TypeError(f"init must be real, got {matrix.dtype}")
         if not matrix.is_floating_point():
             matrix = matrix.to(torch.get_default_dtype())
     else:
@@ -171,7 +173,11 @@ class InvertibleMatrix(PerturbedMatrix):
         check_positive_int("size", size)
         if not isinstance(bounds, MergeBounds):
             raise TypeError(f"bounds must be MergeBounds, got {type(bounds).__name__}")
-        super().__init__(_initial_matrix(size, tuple(batch_shape), init), rank)
+        if not isinstance(batch_shape, tuple):
+            raise TypeError(f"batch_shape must be a tuple, got {type(batch_shape).__name__}")
+        for extent in batch_shape:
+            check_positive_int("each of batch_shape", extent)
+        super().__init__(_initial_matrix(size, batch_shape, init), rank)
         self.bounds = bounds
         wide = self.frozen.double()
         inverse = torch.linalg.inv_ex(wide).inverse
@@ -246,10 +252,12 @@ class InvertibleMatrix(PerturbedMatrix):
         w_scaled = w @ inverse_small(g)
         sign, update = slogdet_small(g)
         sane = self.bounds.accept(update, self.logabsdet_frozen + update)
-        # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge.
+        # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge. An
+        # infinite update is a singular G or one that overflowed.
         size_frozen = _largest(self.frozen) + _largest_product(self.u, self.v)
         size_inverse = _largest(self.inverse_frozen) + _largest_product(w_scaled, z)
-        possible = candidates & (sign != 0) & size_frozen.isfinite() & size_inverse.isfinite()
+        finite = update.isfinite() & size_frozen.isfinite() & size_inverse.isfinite()
+        possible = candidates & finite
         merged = possible & (sane | force)
 
         column = merged[..., None, None]
@@ -277,14 +285,14 @@ class InvertibleMatrix(PerturbedMatrix):
 
         Two steps of order 3 (Soleymani 2014): in float32 they reach the residual that LU reaches,
         where one step of order 7, for about the same cost, stays an order of magnitude above it.
-        An inverse outside the iteration's range of convergence is rebuilt by LU in float64.
+        An inverse too far off for the two steps to finish is rebuilt by LU in float64.
 
         Returns:
             Boolean tensor of shape `batch_shape`: inverses that were rebuilt. Cost O(n³).
         """
         error = residual(self.frozen, self.inverse_frozen)
-        # Written so that NaN counts as lost.
-        lost = ~(torch.linalg.matrix_norm(error) < 1.0)
+        # Two steps leave the residual R⁹, which has to be rounding; so that NaN counts as lost.
+        lost = ~(torch.linalg.matrix_norm(error) < torch.finfo(error.dtype).eps ** (1 / 9))
         refined = refine_inverse(self.inverse_frozen, error)
         refined = refine_inverse(refined, residual(self.frozen, refined))
         rescued = torch.zeros_like(lost)
