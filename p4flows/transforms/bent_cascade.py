@@ -150,9 +150,9 @@ class _Cascade(torch.autograd.Function):
         ctx: Any, x: Tensor, u: Tensor, v: Tensor, bias: Tensor, setting: _Setting
     ) -> tuple[Tensor, Tensor]:
         layers, features = bias.shape
-        s = bias.unsqueeze(-1).expand(layers, features, len(x)).contiguous()
-        q = torch.empty_like(s)
-        r = s.new_empty(layers + 1, features, len(x))
+        r = x.new_empty(layers + 1, features, len(x))
+        s, q = torch.empty_like(r[1:]), torch.empty_like(r[1:])
+        s.copy_(bias.unsqueeze(-1))
         r[0] = x.mT
         rows = r.unbind()
         hypot, add = torch.hypot, torch.add
@@ -239,7 +239,8 @@ def _in_chunks(
     for source, target, total in zip(
         x.split(rows), raw.split(rows), log_slopes.split(rows), strict=True
     ):
-        r = source.mT.contiguous()
+        # A copy also where one row or one column makes the transpose contiguous: r is written to.
+        r = source.mT.clone(memory_format=torch.contiguous_format)
         s, q, slope, product = (torch.empty_like(r) for _ in range(4))
         product.fill_(1.0)
         for layer, activation in enumerate(setting.used):

@@ -146,6 +146,7 @@ def check_batch_sizes(case: Case) -> None:
         close(case.transform(inputs), (outputs[:size], logabsdet[:size]))
         with torch.no_grad():
             close(case.transform(inputs), (outputs[:size], logabsdet[:size]))
+        assert torch.equal(inputs, case.inputs[:size])
         assert all(gradient.isfinite().all() for gradient in gradients(case.transform, inputs))
 
 

@@ -23,6 +23,7 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "AffineCoupling-odd": lambda: AffineCoupling(3, hidden=(5,)),
     "BentIdentity": BentIdentity,
     "BentStack": lambda: BentStack(2, blocks=2),
+    "BentStack-one": lambda: BentStack(1, blocks=1),
     "BentStack-rank2": lambda: BentStack(3, blocks=2, rank=2),
     "BentStack-thin": lambda: BentStack(DENSE_UP_TO + 1, blocks=1),
     "P4InvTransform": lambda: P4InvTransform(3),
