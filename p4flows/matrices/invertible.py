@@ -273,11 +273,12 @@ class InvertibleMatrix(PerturbedMatrix):
         return merged, merged & ~sane
 
     def _add_to_logabsdet(self, increment: Tensor) -> None:
-        """Neumaier's compensated sum: what the addition rounds off goes into the carry."""
+        """Kahan's compensated sum: what one addition rounds off takes part in the next."""
         old = self.logabsdet_frozen.clone()
+        increment = increment + self.logabsdet_carry
         self.logabsdet_frozen.add_(increment)
         taken = self.logabsdet_frozen - old
-        self.logabsdet_carry.add_((old - (self.logabsdet_frozen - taken)) + (increment - taken))
+        self.logabsdet_carry.copy_((old - (self.logabsdet_frozen - taken)) + (increment - taken))
 
     @torch.no_grad()
     def correct(self) -> Tensor:
