@@ -80,17 +80,11 @@ class MergeBounds:
 
     def penalty(self, update: Tensor, logabsdet: Tensor) -> Tensor:
         """g(u, v)/C_p of Appendix A: squared distances to the penalty intervals."""
-
-        def outside(value: Tensor, interval: Interval) -> Tensor:
-            # An infinite bound has to drop out: relu(inf - inf) would be NaN.
-            penalty = torch.zeros_like(value)
-            if math.isfinite(interval[0]):
-                penalty = penalty + torch.relu(interval[0] - value).square()
-            if math.isfinite(interval[1]):
-                penalty = penalty + torch.relu(value - interval[1]).square()
-            return penalty
-
-        return outside(update, self.penalty_update) + outside(logabsdet, self.penalty_logabsdet)
+        outside = (
+            update - update.clamp(*self.penalty_update),
+            logabsdet - logabsdet.clamp(*self.penalty_logabsdet),
+        )
+        return outside[0].square() + outside[1].square()
 
 
 def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:

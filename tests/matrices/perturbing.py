@@ -40,5 +40,5 @@ def error_of(matrix: InvertibleMatrix) -> Error:
 def set_factors(matrix: InvertibleMatrix, u: Tensor | float, v: Tensor | float) -> None:
     """Overwrite the perturbation, by broadcasting."""
     with torch.no_grad():
-        matrix.u.copy_(torch.as_tensor(u))
-        matrix.v.copy_(torch.as_tensor(v))
+        matrix.u.copy_(torch.as_tensor(u, dtype=torch.float64))
+        matrix.v.copy_(torch.as_tensor(v, dtype=torch.float64))
