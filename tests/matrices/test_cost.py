@@ -40,9 +40,9 @@ class Work(TorchDispatchMode):
         if "mm" in name:  # the factors come last: mm, bmm, addmm, baddbmm_
             left, right = matrices[-2:]
             self.multiplications += left.numel() * right.shape[-1]
-        elif "linalg" in name and "norm" not in name:
-            if any(min(matrix.shape[-2:]) >= self.size for matrix in matrices):
-                self.factorisations.append(name)
+        large = any(min(matrix.shape[-2:]) >= self.size for matrix in matrices)
+        if large and "linalg" in name and "norm" not in name:
+            self.factorisations.append(name)
         return function(*args, **(kwargs or {}))
 
 
