@@ -25,7 +25,7 @@ class _Cache(LinearCache):
         key = (
             # What is cached in inference mode cannot be used outside of it.
             torch.is_inference_mode_enabled(),
-            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors),
+            *((t.data_ptr(), t._version) for t in tensors),
         )
         if key != self._key:
             self.invalidate()
@@ -104,13 +104,11 @@ class PerturbedLinear(Linear):
 
     def forward_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
-        outputs = self.matrix.multiply(inputs, self.bias)
-        return outputs, self.logabsdet().repeat(len(inputs))
+        return self.matrix.multiply_and_logabsdet(inputs, self.bias)
 
     def inverse_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As `inverse`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
-        outputs = self.matrix.solve(self._without_bias(inputs))
-        return outputs, -self.logabsdet().repeat(len(inputs))
+        return self.matrix.solve_and_logabsdet(inputs, self.bias)
 
     def weight(self) -> Tensor:
         """Ã, shape `(features, features)`. Cost O(D²)."""
