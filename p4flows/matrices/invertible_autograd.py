@@ -95,10 +95,12 @@ class Solve(torch.autograd.Function):
 
 def needs_plain_operations(x: Tensor) -> bool:
     """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
+    device = x.device.type
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled(x.device.type)
+        # The meta device has no autocast to ask about.
+        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
     )
 
 
