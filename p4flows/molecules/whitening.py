@@ -103,8 +103,8 @@ class WhitenedBlock(nn.Module):
     def _volume(self, superposed: Tensor) -> Tensor:
         # Of a turn by ω, the part within the rotations of the reference is (tr S − S) ω, where
         # S = Σ rᵢ yᵢᵀ; the rest of it is a change of shape, which leaves the determinant alone.
-        gain = _rotation_gain(self.reference.T @ superposed)
-        return self.constant + torch.linalg.slogdet(gain).logabsdet
+        gain = torch.linalg.det(_rotation_gain(self.reference.T @ superposed))
+        return self.constant + gain.abs().clamp_min(torch.finfo(gain.dtype).tiny).log()
 
 
 _SUPERPOSITIONS = 10
