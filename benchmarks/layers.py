@@ -174,8 +174,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="at the largest n"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     return parser.parse_args()
 
@@ -187,11 +190,12 @@ def main() -> None:
     for library in sorted(missing()):
         print(f"{library} is not importable: left out")
     records = measure(arguments.sizes, arguments.batch, arguments.rounds)
-    weights = memory(max(arguments.sizes), arguments.batch)
+    weights = memory(max(arguments.sizes), arguments.batch) if arguments.memory else []
     where = environment()
     parts = [described(where)]
     parts += [quantity_table(records, quantity, arguments.sizes) for quantity in QUANTITIES]
-    parts.append(memory_table(weights))
+    if weights:
+        parts.append(memory_table(weights))
     stem = arguments.output / f"layers-{arguments.threads}-threads"
     write(stem, records + weights, where, "\n\n".join(parts) + "\n")
     curves: dict[str, dict[int, float]] = {}

@@ -39,7 +39,6 @@ def interleaved(
     calls = {}
     for name, run in contestants.items():
         run()
-        run()
         calls[name] = math.ceil(ROUND_SECONDS / _seconds(run, 2))
     rows: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in tqdm(range(rounds), desc=title, leave=False):
