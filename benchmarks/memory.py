@@ -52,6 +52,7 @@ def measure(name: str, size: int, batch: int) -> dict[str, float]:
         MergeHook(layer, optimizer, every=2, correct_every=None)
     forget_peak()
     for _ in range(4):
+        optimizer.zero_grad()
         negative_log_likelihood(*layer(inputs)).backward()
         optimizer.step()
     numbers = {"held": held(layer, optimizer), "peak": status("VmHWM") - before}
