@@ -24,7 +24,11 @@ class Timing:
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], Any]], *, rounds: int, title: str
+    contestants: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    title: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions round robin, so that whatever else the machine does hits all of them alike.
 
@@ -32,6 +36,8 @@ def interleaved(
         contestants: functions without arguments by name.
         rounds: how often each has its turn; a turn is as many calls as fill `ROUND_SECONDS`.
         title: of the progress bar.
+        clock: `time.process_time` counts processor time, which on one thread is what the wall
+            clock shows on a machine without other work.
 
     Returns:
         The timing of one call of each.
@@ -39,19 +45,19 @@ def interleaved(
     calls = {}
     for name, run in contestants.items():
         run()
-        calls[name] = math.ceil(ROUND_SECONDS / _seconds(run, 2))
+        calls[name] = math.ceil(ROUND_SECONDS / _seconds(run, 2, clock))
     rows: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in tqdm(range(rounds), desc=title, leave=False):
         for name, run in contestants.items():
-            rows[name].append(_seconds(run, calls[name]))
+            rows[name].append(_seconds(run, calls[name], clock))
     return {name: _timing(row) for name, row in rows.items()}
 
 
-def _seconds(run: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
+def _seconds(run: Callable[[], Any], calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def _timing(row: list[float]) -> Timing:
