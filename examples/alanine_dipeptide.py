@@ -129,7 +129,7 @@ def train(
         ("mixed", preset.mixed_steps, 1e-5, {"loss": mixed_loss(problem.coordinates, capped)}),
     )
     for stage, steps, learning_rate, options in stages:
-        optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
         hook = None
         if model == "p4inv":
             hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
