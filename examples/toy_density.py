@@ -47,7 +47,7 @@ class Preset:
         return self.epochs * self.steps_per_epoch
 
 
-PRESETS = {"quick": Preset(8, 1_500), "paper": Preset(8, 20_000)}
+PRESETS = {"quick": Preset(8, 2_500, learning_rate=1e-2), "paper": Preset(8, 20_000)}
 
 
 @dataclasses.dataclass(frozen=True)

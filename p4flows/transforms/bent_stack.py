@@ -1,5 +1,8 @@
 """BentStack: all blocks of a Bent-stacked flow as one Transform over one batch of matrices."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
@@ -32,6 +35,8 @@ class BentStack(Transform):
     Raises:
         TypeError: when an argument has the wrong type.
         ValueError: when one is out of range.
+
+    Under `torch.autocast` all of it is computed in the dtype of the parameters.
 
     Cost: forward and inverse O(blocks·D²N), logabsdet O(blocks·D²). Without gradients the memory
     does not grow with the number of blocks, nor beyond inputs and outputs with N.
@@ -83,15 +88,20 @@ class BentStack(Transform):
             ValueError: when their shape is not `(N, features)`.
         """
         check_rows(inputs, self.features)
-        matrix = self.matrix
-        outputs, logabsdet = bent_cascade(
-            inputs, matrix.frozen, matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
-        )
-        return outputs, logabsdet + matrix.slogdet()[1].sum()
+        with self._full_precision(inputs) as rows:
+            matrix = self.matrix
+            outputs, logabsdet = bent_cascade(
+                rows, matrix.frozen, matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
+            )
+            return outputs, logabsdet + matrix.slogdet()[1].sum()
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All blocks undone, last first; shapes and errors as for `forward`."""
         check_rows(inputs, self.features)
+        with self._full_precision(inputs) as rows:
+            return self._inverse(rows)
+
+    def _inverse(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         matrix = self.matrix
         # Ã⁻¹ = A⁻¹ − w G⁻¹ zᵀ is a rank-k perturbation of A⁻¹, so it is the same cascade, but one
         # that begins with an activation and ends with an affine map.
@@ -106,6 +116,17 @@ class BentStack(Transform):
         )
         outputs = torch.addmm(bias[-1], outputs, frozen[-1].mT) + (outputs @ v[-1]) @ u[-1].mT
         return outputs, logabsdet + log_slopes - matrix.slogdet()[1].sum()
+
+    @contextlib.contextmanager
+    def _full_precision(self, inputs: Tensor) -> Iterator[Tensor]:
+        """No autocast: hundreds of layers one after the other would round hundreds of times."""
+        device = inputs.device.type
+        # The meta device has no autocast to ask about.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                yield inputs.to(self.bias.dtype)
+        else:
+            yield inputs
 
     def _solve_bias(self) -> Tensor:
         """Ã⁻¹ b of all layers, shape (2·blocks, features)."""

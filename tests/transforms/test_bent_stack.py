@@ -207,3 +207,17 @@ def test_memory_without_gradients_does_not_grow_with_the_blocks():
         BentStack(2, blocks=4)(inputs)
     assert no_grad.total == inputs.nbytes
     assert trained.total >= 8 * inputs.nbytes
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_autocast_changes_nothing(direction):
+    stack = moved(3, 4).float()
+    x = torch.randn(6, 3)
+    expected = getattr(stack, direction)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = getattr(stack, direction)(x)
+        rounded = getattr(stack, direction)(x.bfloat16())
+    found[0].sum().backward()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert rounded[0].dtype == torch.float32
