@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from p4flows.arguments import check_positive_int
 from p4flows.draws import standard_normal
 
 
@@ -26,6 +27,28 @@ class MergeOutcome(NamedTuple):
     reset: Tensor
 
 
+def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
+    """The matrix that `init` describes, of shape (*batch_shape, size, size)."""
+    if isinstance(init, str):
+        identity = torch.eye(size)
+        named = {"identity": identity, "reverse": identity.flip(0)}
+        if init not in named:
+            raise ValueError(f"init must be one of {sorted(named)} or a tensor, got {init!r}")
+        matrix = named[init]
+    elif isinstance(init, Tensor):
+        matrix = init.detach()
+        if not matrix.is_floating_point():
+            matrix = matrix.to(torch.get_default_dtype())
+    else:
+        raise TypeError(f"init must be a name or a tensor, got {type(init).__name__}")
+    shape = (*batch_shape, size, size)
+    if matrix.shape not in {shape, (size, size)}:
+        raise ValueError(f"init must have shape {shape}, got {tuple(matrix.shape)}")
+    if not matrix.isfinite().all():
+        raise ValueError("init must be finite, got NaN or infinite entries")
+    return matrix.expand(shape).clone(memory_format=torch.contiguous_format)
+
+
 class PerturbedMatrix(nn.Module, abc.ABC):
     """A frozen matrix A in a feasible set S, read through a trainable perturbation R_B.
 
@@ -35,11 +58,18 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
 
     A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
-    `correct`, `penalty` and `_merge`.
+    `correct`, `penalty`, `_state_of` and `_merge`.
+
+    It is a parametrization in the sense of `torch.nn.utils.parametrize` as well: called, it returns
+    Ã, and `right_inverse` takes a matrix over. It brings its own parameters, so that the weight it
+    stands for leaves none of size n² behind.
 
     Args:
-        frozen: the initial A, shape `(*batch_shape, size, size)`; it gives dtype and device.
+        size: n.
+        batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v, 1 ≤ k ≤ size.
+        init: the initial A: "identity", "reverse" (A_ij = δ_i(n−j)) or a tensor of shape `(n, n)`
+            or `(*batch_shape, n, n)`, which then gives dtype and device.
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
@@ -49,8 +79,9 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
 
     Raises:
-        TypeError: when the rank is not an int.
-        ValueError: when the rank is outside 1 … size.
+        TypeError: when an argument has the wrong type.
+        ValueError: when the size or rank is out of range, or init is of another shape, not finite
+            or outside of S.
     """
 
     _version = 1
@@ -59,18 +90,21 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     seed: Tensor
     draws: Tensor
 
-    def __init__(self, frozen: Tensor, rank: int) -> None:
+    def __init__(
+        self, size: int, batch_shape: tuple[int, ...], rank: int, init: str | Tensor
+    ) -> None:
         super().__init__()
-        size = frozen.shape[-1]
+        check_positive_int("size", size)
         if not isinstance(rank, int) or isinstance(rank, bool):
             raise TypeError(f"rank must be an int, got {type(rank).__name__}")
         if not 1 <= rank <= size:
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
-        batch_shape = frozen.shape[:-2]
+        frozen = _initial_matrix(size, tuple(batch_shape), init)
+        for name, value in self._state_of(frozen).items():
+            self.register_buffer(name, value)
         self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
         self.v = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
-        self.register_buffer("frozen", frozen)
-        seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
+        seed = torch.randint(1 << 62, tuple(batch_shape), dtype=torch.int64)
         self.register_buffer("seed", seed.to(frozen.device))
         self.register_buffer("draws", torch.zeros_like(self.seed))
         self.reset()
@@ -123,6 +157,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
 
     @abc.abstractmethod
+    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The buffers that store a given A, "frozen" among them; ValueError when A is not in S."""
+
+    @abc.abstractmethod
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """Carry the perturbation of the candidates into the frozen state; (merged, forced)."""
 
@@ -153,6 +191,32 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def reset(self) -> None:
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
         self._restart(torch.ones_like(self.draws, dtype=torch.bool))
+
+    @torch.no_grad()
+    def assign(self, init: str | Tensor) -> None:
+        """Take another matrix over: A ← init, B ← B₀.
+
+        Args:
+            init: as in the constructor; dtype and device stay.
+
+        Raises:
+            TypeError: when init is neither a name nor a tensor.
+            ValueError: when it is of another shape, not finite or outside of S. Nothing has changed
+                then.
+        """
+        matrix = _initial_matrix(self.size, self.batch_shape, init).to(self.frozen)
+        for name, value in self._state_of(matrix).items():
+            getattr(self, name).copy_(value)
+        self.reset()
+
+    def forward(self) -> Tensor:
+        """Ã, for `torch.nn.utils.parametrize`."""
+        return self.dense()
+
+    def right_inverse(self, matrix: Tensor) -> tuple[()]:
+        """As `assign`, for `torch.nn.utils.parametrize`; the originals it asks for are none."""
+        self.assign(matrix)
+        return ()
 
     def _restart(self, where: Tensor) -> None:
         """Set u to zero and redraw v for the matrices in `where`."""
