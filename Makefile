@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo ala2 test lint types bench clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
+
+ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
+	$(BIN)/python examples/alanine_dipeptide.py --preset quick
 
 test: lint types  ## lint, type check, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -29,5 +32,5 @@ clean:  ## remove .venv, caches and builds; results/ stays
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,examples]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,examples,molecules]" -c constraints.txt
 	@touch $@

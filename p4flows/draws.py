@@ -34,7 +34,8 @@ def _scramble(x: Tensor) -> Tensor:
 
 def _uniform(bits: Tensor) -> Tensor:
     """Uniform numbers in the open interval (0, 1), in float64."""
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 bits, not 53: the largest number plus a half has to be exact, or it is rounded to one.
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 def standard_normal(seed: Tensor, counter: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -140,7 +140,9 @@ class MergeHook:
         """Take the hook off the optimizer; the matrices keep their state."""
         self._handle.remove()
         for matrix in self._matrices.values():
-            _drivers.pop(matrix, None)
+            # A later hook may have taken the matrix over from this one.
+            if _drivers.get(matrix, lambda: None)() is self:
+                del _drivers[matrix]
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty C_p·g(u, v) of Appendix A, summed over all matrices.

@@ -29,6 +29,8 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
 def restart_parameter(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
     """Give the state of a re-initialised parameter the values of a fresh optimizer.
 
+    The one exception is SGD with dampening, where a fresh optimizer does not damp its first step.
+
     Args:
         optimizer: any of `torch.optim` with a state for each parameter; an unknown entry of
             another optimizer is set to zero.

@@ -1,5 +1,6 @@
 """fit: the training loop that the examples share, with progress, checkpoints and exact resume."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -72,7 +73,7 @@ def fit(
         batches: a function of a `torch.Generator` that returns the next batch, or an iterable of
             batches (a `DataLoader`), which is started again whenever it is exhausted.
         steps: number of gradient steps in all, those before a resume included.
-        optimizer: trains the flow's parameters.
+        optimizer: trains the flow's parameters; not `LBFGS`, whose step needs a closure.
         hook: the `MergeHook` on the optimizer; it is saved and shown, and merges by itself.
         penalty: strength C_p of the hook's penalty, added to the loss.
         scheduler: learning-rate schedule, stepped after every gradient step.
@@ -81,17 +82,19 @@ def fit(
         checkpoint: file that takes flow, optimizer, scheduler, hook and random state together.
         checkpoint_every: steps between checkpoints; one more is written at the end.
         resume: True continues from `checkpoint` if that file exists; a path continues from there.
-            The run ends with the numbers that an uninterrupted one would have ended with.
+            The run ends with the numbers that an uninterrupted one would have ended with; a
+            `DataLoader` is to shuffle by torch's global random state or by its own `generator`.
         progress: whether to show a progress bar with the loss and the merge counts.
 
     Returns:
         A `FitResult`.
 
     Raises:
-        TypeError: when steps or checkpoint_every is not an int.
+        TypeError: when steps or checkpoint_every is not an int, or batches is neither.
         ValueError: when one is not positive, the batches run out, a penalty is asked for without a
-            hook, or the checkpoint is of another architecture (nothing has been overwritten then).
-        FloatingPointError: when the loss is not finite, before the step is taken.
+            hook, or the checkpoint is of another architecture, another optimizer or beyond `steps`
+            (nothing has been overwritten then).
+        FloatingPointError: when loss or penalty is not finite, before the step is taken.
         FileNotFoundError: when resume names a file that does not exist.
 
     Example:
@@ -116,12 +119,16 @@ def fit(
 
     run = _Run(flow, optimizer, scheduler, hook, generator, _source(batches))
     path = None if checkpoint is None else Path(checkpoint)
+    resumed: Path | None = None
     if not isinstance(resume, bool):
-        run.load(Path(resume))
+        resumed = Path(resume)
     elif resume and path is not None and path.exists():
-        run.load(path)
+        resumed = path
+    last_good: tuple[Path, int] | None = None
+    if resumed is not None:
+        run.load(resumed, steps)
+        last_good = resumed, run.step
 
-    last_saved = run.step or None
     was_training = flow.training
     flow.train()
     begin = time.perf_counter() - run.seconds
@@ -129,14 +136,14 @@ def fit(
         with tqdm(total=steps, initial=run.step, disable=not progress, unit="step") as bar:
             while run.step < steps:
                 batch = run.source(generator)
-                value: Tensor = loss(flow, batch)
+                value = objective = loss(flow, batch)
                 number = value.item()
-                if not torch.isfinite(value):
-                    raise FloatingPointError(_not_finite(number, run.step, path, last_saved))
                 if hook is not None and penalty != 0.0:
-                    value = value + hook.penalty(penalty)
+                    objective = value + hook.penalty(penalty)
+                if not math.isfinite(objective.item()):
+                    raise FloatingPointError(_not_finite(objective.item(), run.step, last_good))
                 optimizer.zero_grad()
-                value.backward()
+                objective.backward()
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
@@ -147,7 +154,7 @@ def fit(
                     bar.set_postfix(_shown(number, hook), refresh=False)
                 if path is not None and (run.step % checkpoint_every == 0 or run.step == steps):
                     run.save(path)
-                    last_saved = run.step
+                    last_good = path, run.step
     finally:
         flow.train(was_training)
     return FitResult(torch.tensor(run.losses, dtype=torch.float64), run.seconds)
@@ -165,7 +172,8 @@ class _Run:
         generator: torch.Generator,
         source: "_FunctionSource | _IterableSource",
     ) -> None:
-        self.parts: dict[str, Any] = {"flow": flow, "optimizer": optimizer, "source": source}
+        # The source first: when it cannot go on, nothing else has been loaded yet.
+        self.parts: dict[str, Any] = {"source": source, "flow": flow, "optimizer": optimizer}
         for name, part in (("scheduler", scheduler), ("hook", hook)):
             if part is not None:
                 self.parts[name] = part
@@ -178,9 +186,14 @@ class _Run:
     def step(self) -> int:
         return len(self.losses)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {name: type(part).__name__ for name, part in self.parts.items()}
+
     def save(self, path: Path) -> None:
         state = {
             "format": _FORMAT,
+            "kinds": self.kinds,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "seconds": self.seconds,
@@ -194,10 +207,10 @@ class _Run:
         torch.save(state, aside)
         os.replace(aside, path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, steps: int) -> None:
         # On the CPU, where random states live; load_state_dict moves the rest to its device.
         state = torch.load(path, weights_only=True, map_location="cpu")
-        self._check(state, path)
+        self._check(state, path, steps)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.losses = state["losses"].tolist()
@@ -207,18 +220,18 @@ class _Run:
         if torch.cuda.is_available() and state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
 
-    def _check(self, state: dict[str, Any], path: Path) -> None:
+    def _check(self, state: dict[str, Any], path: Path, steps: int) -> None:
         """An error before anything is overwritten when the checkpoint fits another run."""
         if state.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} has checkpoint format {state.get('format')}, expected {_FORMAT}"
             )
-        if state["parts"].keys() != self.parts.keys():
-            raise ValueError(
-                f"{path} holds {sorted(state['parts'])}, this run has {sorted(self.parts)}"
-            )
-        saved = {name: tuple(t.shape) for name, t in _tensors(state["parts"]["flow"])}
-        present = {name: tuple(t.shape) for name, t in _tensors(self.parts["flow"].state_dict())}
+        if state["kinds"] != self.kinds:
+            raise ValueError(f"{path} holds {state['kinds']}, this run has {self.kinds}")
+        if len(state["losses"]) > steps:
+            raise ValueError(f"{path} is at step {len(state['losses'])}, beyond steps={steps}")
+        saved = _layout(state["parts"]["flow"])
+        present = _layout(self.parts["flow"].state_dict())
         differing = sorted(
             name for name in saved.keys() | present.keys() if saved.get(name) != present.get(name)
         )
@@ -237,8 +250,12 @@ class _Run:
             )
 
 
-def _tensors(state_dict: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in state_dict.items() if isinstance(value, Tensor))
+def _layout(state_dict: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{tuple(value.shape)} {value.dtype}"
+        for name, value in state_dict.items()
+        if isinstance(value, Tensor)
+    }
 
 
 class _FunctionSource:
@@ -264,7 +281,7 @@ class _IterableSource:
         self.iterable = iterable
         self.iterator: Iterator[Any] | None = None
         self.position = 0
-        self.epoch_random = torch.get_rng_state()
+        self.epoch_random = self._random()
 
     def __call__(self, generator: torch.Generator) -> Any:
         if self.iterator is None:
@@ -282,10 +299,17 @@ class _IterableSource:
         return batch
 
     def _start_epoch(self) -> None:
-        # A DataLoader shuffles by the global random state that it finds here.
-        self.epoch_random = torch.get_rng_state()
+        self.epoch_random = self._random()
         self.iterator = iter(self.iterable)
         self.position = 0
+
+    def _random(self) -> list[Tensor]:
+        """The random states that a DataLoader shuffles by: its own generator's, torch's global."""
+        return [generator.get_state() for generator in self._generators()]
+
+    def _generators(self) -> list[torch.Generator]:
+        own = getattr(self.iterable, "generator", None)
+        return [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
 
     def _next(self) -> Any:
         assert self.iterator is not None
@@ -297,10 +321,17 @@ class _IterableSource:
         return {"position": self.position, "epoch_random": self.epoch_random}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        torch.set_rng_state(state_dict["epoch_random"])
+        for generator, state in zip(self._generators(), state_dict["epoch_random"], strict=True):
+            generator.set_state(state)
         self._start_epoch()
         for _ in range(state_dict["position"]):
-            self._next()
+            try:
+                self._next()
+            except StopIteration:
+                raise ValueError(
+                    f"batches end before the {state_dict['position']} that the checkpoint had "
+                    "taken: resume with the same data"
+                ) from None
 
 
 def _source(batches: BatchFunction | Iterable[Any]) -> _FunctionSource | _IterableSource:
@@ -321,13 +352,8 @@ def _shown(loss: float, hook: MergeHook | None) -> dict[str, Any]:
     return shown
 
 
-def _not_finite(loss: float, step: int, path: Path | None, last_saved: int | None) -> str:
-    if path is None:
-        advice = "no checkpoint was asked for"
-    elif last_saved is not None:
-        advice = f"the last good checkpoint is {path} (step {last_saved})"
-    elif path.exists():
-        advice = f"the last good checkpoint is {path}"
-    else:
-        advice = "no checkpoint has been written yet"
+def _not_finite(loss: float, step: int, last_good: tuple[Path, int] | None) -> str:
+    advice = "there is no checkpoint"
+    if last_good is not None:
+        advice = f"the last good checkpoint is {last_good[0]} (step {last_good[1]})"
     return f"loss is {loss} at step {step + 1}; {advice}"

@@ -79,17 +79,11 @@ class MergeBounds:
 
     def penalty(self, update: Tensor, logabsdet: Tensor) -> Tensor:
         """g(u, v)/C_p of Appendix A: squared distances to the penalty intervals."""
-
-        def outside(value: Tensor, interval: Interval) -> Tensor:
-            # An infinite bound has to drop out: relu(inf - inf) would be NaN.
-            penalty = torch.zeros_like(value)
-            if math.isfinite(interval[0]):
-                penalty = penalty + torch.relu(interval[0] - value).square()
-            if math.isfinite(interval[1]):
-                penalty = penalty + torch.relu(value - interval[1]).square()
-            return penalty
-
-        return outside(update, self.penalty_update) + outside(logabsdet, self.penalty_logabsdet)
+        outside = (
+            update - update.clamp(*self.penalty_update),
+            logabsdet - logabsdet.clamp(*self.penalty_logabsdet),
+        )
+        return outside[0].square() + outside[1].square()
 
 
 class InvertibleMatrix(PerturbedMatrix):
@@ -225,10 +219,12 @@ class InvertibleMatrix(PerturbedMatrix):
         w_scaled = w @ inverse_small(g)
         sign, update = slogdet_small(g)
         sane = self.bounds.accept(update, self.logabsdet_frozen + update)
-        # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge.
+        # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge. An
+        # infinite update is a singular G or one that overflowed.
         size_frozen = _largest(self.frozen) + _largest_product(self.u, self.v)
         size_inverse = _largest(self.inverse_frozen) + _largest_product(w_scaled, z)
-        possible = candidates & (sign != 0) & size_frozen.isfinite() & size_inverse.isfinite()
+        finite = update.isfinite() & size_frozen.isfinite() & size_inverse.isfinite()
+        possible = candidates & finite
         merged = possible & (sane | force)
 
         column = merged[..., None, None]
@@ -244,11 +240,12 @@ class InvertibleMatrix(PerturbedMatrix):
         return merged, merged & ~sane
 
     def _add_to_logabsdet(self, increment: Tensor) -> None:
-        """Neumaier's compensated sum: what the addition rounds off goes into the carry."""
+        """Kahan's compensated sum: what one addition rounds off takes part in the next."""
         old = self.logabsdet_frozen.clone()
+        increment = increment + self.logabsdet_carry
         self.logabsdet_frozen.add_(increment)
         taken = self.logabsdet_frozen - old
-        self.logabsdet_carry.add_((old - (self.logabsdet_frozen - taken)) + (increment - taken))
+        self.logabsdet_carry.copy_((old - (self.logabsdet_frozen - taken)) + (increment - taken))
 
     @torch.no_grad()
     def correct(self) -> Tensor:
@@ -256,14 +253,14 @@ class InvertibleMatrix(PerturbedMatrix):
 
         Two steps of order 3 (Soleymani 2014): in float32 they reach the residual that LU reaches,
         where one step of order 7, for about the same cost, stays an order of magnitude above it.
-        An inverse outside the iteration's range of convergence is rebuilt by LU in float64.
+        An inverse too far off for the two steps to finish is rebuilt by LU in float64.
 
         Returns:
             Boolean tensor of shape `batch_shape`: inverses that were rebuilt. Cost O(n³).
         """
         error = residual(self.frozen, self.inverse_frozen)
-        # Written so that NaN counts as lost.
-        lost = ~(torch.linalg.matrix_norm(error) < 1.0)
+        # Two steps leave the residual R⁹, which has to be rounding; so that NaN counts as lost.
+        lost = ~(torch.linalg.matrix_norm(error) < torch.finfo(error.dtype).eps ** (1 / 9))
         refined = refine_inverse(self.inverse_frozen, error)
         refined = refine_inverse(refined, residual(self.frozen, refined))
         rescued = torch.zeros_like(lost)

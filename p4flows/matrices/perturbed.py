@@ -37,6 +37,8 @@ def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor)
         matrix = named[init]
     elif isinstance(init, Tensor):
         matrix = init.detach()
+        if matrix.is_complex():
+            raise TypeError(f"init must be real, got {matrix.dtype}")
         if not matrix.is_floating_point():
             matrix = matrix.to(torch.get_default_dtype())
     else:
@@ -95,16 +97,20 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         check_positive_int("size", size)
+        if not isinstance(batch_shape, tuple):
+            raise TypeError(f"batch_shape must be a tuple, got {type(batch_shape).__name__}")
+        for extent in batch_shape:
+            check_positive_int("each of batch_shape", extent)
         if not isinstance(rank, int) or isinstance(rank, bool):
             raise TypeError(f"rank must be an int, got {type(rank).__name__}")
         if not 1 <= rank <= size:
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
-        frozen = _initial_matrix(size, tuple(batch_shape), init)
+        frozen = _initial_matrix(size, batch_shape, init)
         for name, value in self._state_of(frozen).items():
             self.register_buffer(name, value)
         self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
         self.v = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
-        seed = torch.randint(1 << 62, tuple(batch_shape), dtype=torch.int64)
+        seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
         self.register_buffer("seed", seed.to(frozen.device))
         self.register_buffer("draws", torch.zeros_like(self.seed))
         self.reset()

@@ -12,7 +12,7 @@ are then a handful of batched calls. At n = 2 dispatch is nearly all the cost of
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ INVERSE_BENT = Activation(slope=-0.5, width=math.sqrt(0.75), shift=0.5, scale=4 
 
 def bent_cascade(
     x: Tensor,
-    frozen: Sequence[Tensor],
+    frozen: Tensor,
     u: Tensor,
     v: Tensor,
     bias: Tensor,
@@ -62,8 +62,9 @@ def bent_cascade(
 
     Args:
         x: shape `(N, n)`.
-        frozen: A of each of the L layers, in the order in which they are applied; no gradient.
-        u: shape `(L, n, k)`, in the same order.
+        frozen: A of the L layers in the order in which they are applied, shape `(L, n, n)`; no
+            gradient flows into it.
+        u: shape `(L, n, k)`.
         v: shape `(L, n, k)`.
         bias: b, shape `(L, n)`.
         activations: those of the even and of the odd layers.
@@ -77,10 +78,9 @@ def bent_cascade(
     offsets = bias.new_tensor([0.0] + [activation.offset for activation in used[:-1]])
     shifts = bias.new_tensor([activation.shift for activation in used])
     # Ã·1, which the offset of the activation before it multiplies.
-    row_sums = torch.stack([matrix.sum(-1) for matrix in frozen])
-    row_sums = row_sums + (u @ v.sum(-2).unsqueeze(-1)).squeeze(-1)
+    row_sums = frozen.sum(-1) + (u @ v.sum(-2).unsqueeze(-1)).squeeze(-1)
     folded = bias + offsets[:, None] * row_sums + shifts[:, None]
-    setting = _Setting(tuple(frozen), used, scales)
+    setting = _Setting(frozen, used, scales)
     if torch.compiler.is_compiling():
         raw, log_slopes = _plain(x, u, v, folded, setting)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, u, v, folded)):
@@ -96,37 +96,50 @@ def bent_cascade(
 class _Setting:
     """What a cascade needs besides its differentiable arguments."""
 
-    frozen: tuple[Tensor, ...]
+    frozen: Tensor
     used: list[Activation]
     scales: list[float]
 
+    def widths(self) -> list[Tensor]:
+        """The second argument of hypot for each layer; layers of one kind share a tensor."""
+        tensors = [self.frozen.new_tensor(activation.width) for activation in self.used[:2]]
+        return [tensors[layer % 2] for layer in range(len(self.used))]
 
-def _affine_maps(
-    u: Tensor, v: Tensor, bias: Tensor, setting: _Setting
-) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """For each layer a function (r, out) that writes scale·Ã r + bias into out."""
-    frozen, scales, biases = setting.frozen, setting.scales, bias.unbind()
-    addmm = torch.addmm
-    if u.shape[-2] <= DENSE_UP_TO:
-        weights = torch.stack(frozen).baddbmm_(u, v.mT).mT.unbind()
+    def perturbed(self, u: Tensor, v: Tensor) -> Tensor:
+        """Ã of all layers where forming it is the cheaper way, otherwise A."""
+        return self.frozen.baddbmm(u, v.mT) if self.is_dense else self.frozen
 
-        def dense(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-            weight, scale, b = weights[layer], scales[layer], biases[layer]
-            return lambda r, out: addmm(b, r, weight, alpha=scale, out=out)
+    @property
+    def is_dense(self) -> bool:
+        return self.frozen.shape[-1] <= DENSE_UP_TO
 
-        return [dense(layer) for layer in range(len(frozen))]
 
-    def thin(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-        weight, scale, b = frozen[layer].mT, scales[layer], biases[layer]
-        right, left = v[layer], u[layer].mT
+# Inside, columns are samples: at n = 2 products from the left are a third cheaper, and bias, state
+# and gradient of all layers are contiguous arrays (L, n, N).
 
-        def apply(r: Tensor, out: Tensor) -> Tensor:
-            addmm(b, r, weight, alpha=scale, out=out)
-            return out.addmm_(r @ right, left, alpha=scale)
 
-        return apply
+def _affine_maps(u: Tensor, v: Tensor, setting: _Setting) -> list[Callable[[Tensor, Tensor], None]]:
+    """For each layer a function (r, out) that adds scale·Ã r to out."""
+    weights = setting.perturbed(u, v).unbind()
 
-    return [thin(layer) for layer in range(len(frozen))]
+    def dense(layer: int) -> Callable[[Tensor, Tensor], None]:
+        weight, scale = weights[layer], setting.scales[layer]
+
+        def add_product(r: Tensor, out: Tensor) -> None:
+            out.addmm_(weight, r, alpha=scale)
+
+        return add_product
+
+    def thin(layer: int) -> Callable[[Tensor, Tensor], None]:
+        weight, scale, left, right = weights[layer], setting.scales[layer], u[layer], v[layer].mT
+
+        def add_product(r: Tensor, out: Tensor) -> None:
+            out.addmm_(weight, r, alpha=scale)
+            out.addmm_(left, right @ r, alpha=scale)
+
+        return add_product
+
+    return [dense(i) if setting.is_dense else thin(i) for i in range(len(weights))]
 
 
 class _Cascade(torch.autograd.Function):
@@ -136,29 +149,35 @@ class _Cascade(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, u: Tensor, v: Tensor, bias: Tensor, setting: _Setting
     ) -> tuple[Tensor, Tensor]:
-        layers = len(setting.used)
-        r = x.new_empty(layers + 1, *x.shape)
-        s = x.new_empty(layers, *x.shape)
-        q = torch.empty_like(s)
-        r[0] = x
+        layers, features = bias.shape
+        r = x.new_empty(layers + 1, features, len(x))
+        s, q = torch.empty_like(r[1:]), torch.empty_like(r[1:])
+        s.copy_(bias.unsqueeze(-1))
+        r[0] = x.mT
         rows = r.unbind()
-        widths = {a.width: x.new_tensor(a.width) for a in setting.used[:2]}
-        maps = _affine_maps(u, v, bias, setting)
         hypot, add = torch.hypot, torch.add
-        for affine, activation, before, after, s_row, q_row in zip(
-            maps, setting.used, rows[:-1], rows[1:], s.unbind(), q.unbind(), strict=True
+        for add_product, activation, width, before, after, s_row, q_row in zip(
+            _affine_maps(u, v, setting),
+            setting.used,
+            setting.widths(),
+            rows[:-1],
+            rows[1:],
+            s.unbind(),
+            q.unbind(),
+            strict=True,
         ):
-            affine(before, s_row)
-            hypot(s_row, widths[activation.width], out=q_row)
+            add_product(before, s_row)
+            hypot(s_row, width, out=q_row)
             add(s_row, q_row, alpha=activation.slope, out=after)
-        slopes = _slopes(s, q, setting)
+        slopes = _slopes_(s, q, setting)
+        log_slopes = _sum_of_logs(slopes)
         ctx.setting = setting
-        ctx.save_for_backward(x, u, v, bias, r, q, slopes)
-        return rows[-1].clone(), _sum_of_logs(slopes)
+        ctx.save_for_backward(x, u, v, bias, r, slopes, _log_slope_gradients_(q, slopes, setting))
+        return rows[-1].mT.contiguous(), log_slopes
 
     @staticmethod
     def backward(ctx: Any, grad_raw: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, v, bias, r, q, slopes = ctx.saved_tensors
+        x, u, v, bias, r, slopes, log_slope_gradients = ctx.saved_tensors
         setting: _Setting = ctx.setting
         if torch.is_grad_enabled():
             # Only with create_graph=True: differentiate the plain formulation a second time.
@@ -171,25 +190,27 @@ class _Cascade(torch.autograd.Function):
             return (*(next(grads) if t.requires_grad else None for t in (x, u, v, bias)), None)
 
         # t becomes the gradient with respect to s; it starts as the log-derivative's share.
-        t = _log_slope_gradients(q, slopes, setting).mul_(grad_log[:, None])
-        g = grad_raw
-        layers = range(len(setting.used))
-        thin = u.shape[-2] > DENSE_UP_TO
-        weights = setting.frozen
-        if not thin:
-            weights = torch.stack(setting.frozen).baddbmm_(u, v.mT).unbind()
-        addmm, buffer = torch.addmm, torch.empty_like(grad_raw)
-        t_rows, slope_rows = t.unbind(), slopes.unbind()
-        for layer in reversed(layers):
-            scale, row = setting.scales[layer], t_rows[layer]
-            row.addcmul_(g, slope_rows[layer])
-            g = addmm(buffer, row, weights[layer], beta=0, alpha=scale, out=buffer)
-            if thin:
-                g.addmm_(row @ u[layer], v[layer].mT, alpha=scale)
-        scaled = t * t.new_tensor(setting.scales)[:, None, None]
-        grad_u = scaled.mT @ (r[:-1] @ v)
-        grad_v = r[:-1].mT @ (scaled @ u)
-        return g.clone(), grad_u, grad_v, t.sum(1), None
+        t = log_slope_gradients * grad_log
+        g = grad_raw.mT
+        weights = setting.perturbed(u, v).mT.unbind()
+        t_rows, slope_rows, scales = t.unbind(), slopes.unbind(), setting.scales
+        for layer in reversed(range(len(scales))):
+            row = t_rows[layer].addcmul_(g, slope_rows[layer])
+            if setting.is_dense:
+                g = torch.mm(weights[layer], row)
+            else:
+                g = torch.addmm(v[layer] @ (u[layer].mT @ row), weights[layer], row)
+            if scales[layer] != 1.0:
+                g.mul_(scales[layer])
+        scale = t.new_tensor(scales)[:, None, None]
+        before = r[:-1]
+        if setting.is_dense:
+            grad_weight = (t @ before.mT).mul_(scale)
+            grad_u, grad_v = grad_weight @ v, grad_weight.mT @ u
+        else:
+            grad_u = (t @ (before.mT @ v)).mul_(scale)
+            grad_v = (before @ (t.mT @ u)).mul_(scale)
+        return g.mT, grad_u, grad_v, t.sum(-1), None
 
 
 def _plain(
@@ -211,33 +232,33 @@ def _in_chunks(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor, setting: _Setting
 ) -> tuple[Tensor, Tensor]:
     """Without gradients nothing is stored: memory is bounded whatever the number of rows."""
-    maps = _affine_maps(u, v, bias, setting)
+    maps, widths, columns = _affine_maps(u, v, setting), setting.widths(), bias.unsqueeze(-1)
     raw, log_slopes = torch.empty_like(x), x.new_zeros(len(x))
-    widths = {a.width: x.new_tensor(a.width) for a in setting.used[:2]}
     one = x.new_ones(())
     rows = max(1, _CHUNK_ELEMENTS // x.shape[1])
     for source, target, total in zip(
         x.split(rows), raw.split(rows), log_slopes.split(rows), strict=True
     ):
-        r, s, q = source.clone(), torch.empty_like(source), torch.empty_like(source)
-        product = torch.ones_like(source)
-        slope = torch.empty_like(source)
-        for layer, (affine, activation) in enumerate(zip(maps, setting.used, strict=True)):
-            affine(r, s)
-            torch.hypot(s, widths[activation.width], out=q)
-            torch.addcdiv(one, s, q, value=activation.slope, out=slope)
-            product.mul_(slope)
+        # A copy also where one row or one column makes the transpose contiguous: r is written to.
+        r = source.mT.clone(memory_format=torch.contiguous_format)
+        s, q, slope, product = (torch.empty_like(r) for _ in range(4))
+        product.fill_(1.0)
+        for layer, activation in enumerate(setting.used):
+            s.copy_(columns[layer])
+            maps[layer](r, s)
+            torch.hypot(s, widths[layer], out=q)
+            product.mul_(torch.addcdiv(one, s, q, value=activation.slope, out=slope))
             torch.add(s, q, alpha=activation.slope, out=r)
             if (layer + 1) % _SLOPES_PER_LOG == 0:
-                total.add_(product.log_().sum(-1))
+                total.add_(product.log_().sum(0))
                 product.fill_(1.0)
-        total.add_(product.log_().sum(-1))
-        target.copy_(r)
+        total.add_(product.log_().sum(0))
+        target.copy_(r.mT)
     return raw, log_slopes
 
 
-def _slopes(s: Tensor, q: Tensor, setting: _Setting) -> Tensor:
-    """dr/ds = 1 + slope·s/q of all layers; s is overwritten."""
+def _slopes_(s: Tensor, q: Tensor, setting: _Setting) -> Tensor:
+    """dr/ds = 1 + slope·s/q of all layers, in the place of s."""
     one = s.new_ones(())
     for parity, activation in enumerate(setting.used[:2]):
         rows = s[parity::2]
@@ -245,17 +266,17 @@ def _slopes(s: Tensor, q: Tensor, setting: _Setting) -> Tensor:
     return s
 
 
-def _log_slope_gradients(q: Tensor, slopes: Tensor, setting: _Setting) -> Tensor:
-    """d ln(dr/ds)/ds = slope·width²/(q³·dr/ds) of all layers."""
-    gradients = (q * q).mul_(q).mul_(slopes).reciprocal_()
+def _log_slope_gradients_(q: Tensor, slopes: Tensor, setting: _Setting) -> Tensor:
+    """d ln(dr/ds)/ds = slope·width²/(q³·dr/ds) of all layers, in the place of q."""
+    q.pow_(3).mul_(slopes).reciprocal_()
     for parity, activation in enumerate(setting.used[:2]):
-        gradients[parity::2].mul_(activation.slope * activation.width**2)
-    return gradients
+        q[parity::2].mul_(activation.slope * activation.width**2)
+    return q
 
 
 def _sum_of_logs(slopes: Tensor) -> Tensor:
     """Σ ln(slope) over layers and features, shape (N,)."""
-    total = slopes.new_zeros(slopes.shape[1])
-    for group in slopes.split(_SLOPES_PER_LOG):
-        total += group.prod(0).log_().sum(-1)
+    total = slopes.new_zeros(slopes.shape[-1])
+    for group in slopes.flatten(0, 1).split(_SLOPES_PER_LOG):
+        total += group.prod(0).log_()
     return total

@@ -85,7 +85,7 @@ class BentStack(Transform):
         check_rows(inputs, self.features)
         matrix = self.matrix
         outputs, logabsdet = bent_cascade(
-            inputs, matrix.frozen.unbind(), matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
+            inputs, matrix.frozen, matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
         )
         return outputs, logabsdet + matrix.slogdet()[1].sum()
 
@@ -98,7 +98,7 @@ class BentStack(Transform):
         w, g = capacitance(matrix.inverse_frozen, matrix.u, matrix.v)
         u = -(w @ inverse_small(g)).flip(0)
         v = (matrix.inverse_frozen.mT @ matrix.v).flip(0)
-        frozen = matrix.inverse_frozen.unbind()[::-1]
+        frozen = matrix.inverse_frozen.flip(0)
         bias = -self._solve_bias().flip(0)
         outputs, logabsdet = BentIdentity()(inputs)
         outputs, log_slopes = bent_cascade(

@@ -104,6 +104,10 @@ class AffineCoupling(Transform):
         outputs = torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-1)
         return outputs, -log_scale.sum(-1)
 
+    def extra_repr(self) -> str:
+        """What the nets do not show already."""
+        return f"features={self.features}"
+
     def _condition(self, first: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = torch.exp(self.log_scale_factor) * torch.tanh(self.scale_net(first))
         return self.shift_net(first), log_scale

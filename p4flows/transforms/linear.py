@@ -1,13 +1,44 @@
 """Linear layers whose weight is a perturbed matrix, drop-ins for nflows' `LULinear`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from nflows.transforms.linear import Linear
+from nflows.transforms.linear import Linear, LinearCache
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
+
+
+class _Cache(LinearCache):
+    """nflows' cache, which notices that its tensors have changed; copies and pickles are empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._key: tuple[Any, ...] = ()
+        self._storages: list[torch.UntypedStorage] = []
+
+    def follow(self, tensors: Iterable[Tensor]) -> None:
+        """Empty the cache when any of the tensors was replaced or written to."""
+        tensors = list(tensors)
+        key = (
+            # What is cached in inference mode cannot be used outside of it.
+            torch.is_inference_mode_enabled(),
+            *((t.data_ptr(), t._version) for t in tensors),
+        )
+        if key != self._key:
+            self.invalidate()
+            self._key = key
+            # Kept alive, so that no later tensor can be found at the same address.
+            self._storages = [t.untyped_storage() for t in tensors]
+
+    def invalidate(self) -> None:
+        super().invalidate()
+        self._key, self._storages = (), []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 class PerturbedLinear(Linear):
@@ -28,7 +59,7 @@ class PerturbedLinear(Linear):
         super().__init__(matrix.size, using_cache)
         self.matrix = matrix
         self.bias = nn.Parameter(matrix.frozen.new_zeros(matrix.size)) if bias else None
-        self._cache_key: tuple[Any, ...] = ()
+        self.cache = _Cache()
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y = Ã x + b.
@@ -73,13 +104,11 @@ class PerturbedLinear(Linear):
 
     def forward_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
-        outputs = self.matrix.multiply(inputs, self.bias)
-        return outputs, self.logabsdet().repeat(len(inputs))
+        return self.matrix.multiply_and_logabsdet(inputs, self.bias)
 
     def inverse_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """As `inverse`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
-        outputs = self.matrix.solve(self._without_bias(inputs))
-        return outputs, -self.logabsdet().repeat(len(inputs))
+        return self.matrix.solve_and_logabsdet(inputs, self.bias)
 
     def weight(self) -> Tensor:
         """Ã, shape `(features, features)`. Cost O(D²)."""
@@ -103,30 +132,24 @@ class PerturbedLinear(Linear):
     def _cache_applies(self) -> bool:
         if self.training or not self.using_cache or torch.compiler.is_compiling():
             return False
+        # What was made in inference mode has no version by which a change could be noticed.
+        if any(tensor.is_inference() for tensor in self._cached_tensors()):
+            return False
         # A cached weight has no graph, so whoever may ask for gradients goes the direct way.
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
 
     def _check_forward_cache(self) -> None:
-        self._drop_stale_cache()
+        self.cache.follow(self._cached_tensors())
         with torch.no_grad():
             super()._check_forward_cache()
 
     def _check_inverse_cache(self) -> None:
-        self._drop_stale_cache()
+        self.cache.follow(self._cached_tensors())
         with torch.no_grad():
             super()._check_inverse_cache()
 
-    def _drop_stale_cache(self) -> None:
-        """Empty the cache when any tensor of the matrix was replaced or written to."""
-        tensors = (*self.matrix.parameters(), *self.matrix.buffers())
-        key = (
-            # What is cached in inference mode cannot be used outside of it.
-            torch.is_inference_mode_enabled(),
-            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors),
-        )
-        if key != self._cache_key:
-            self.cache.invalidate()
-            self._cache_key = key
+    def _cached_tensors(self) -> tuple[Tensor, ...]:
+        return (*self.matrix.parameters(), *self.matrix.buffers())
 
 
 class P4InvTransform(PerturbedLinear):

@@ -1,0 +1,145 @@
+"""Whitened Cartesian coordinates of a block of atoms, freed of rigid motions (Noé et al. 2019)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class WhitenedBlock(nn.Module):
+    """3k Cartesian coordinates ↔ 3k − 6 whitened ones, by superposition and principal components.
+
+    A frame is superposed on a reference with least squares. Superposed frames satisfy Σ yᵢ = 0 and
+    Σ rᵢ × yᵢ = 0 (r the reference), six linear equations; the principal components of the data
+    in the space that is left lose nothing, and each is divided by its standard deviation.
+
+    Args:
+        frames: training data, float64, in nm, shape `(frames, k, 3)`.
+
+    Attributes:
+        reference: mean of the superposed data, shape `(k, 3)`.
+        mean: what is subtracted, shape `(3k,)`.
+        components: principal components as columns, shape `(3k, 3k − 6)`.
+        deviations: their standard deviations in nm, largest first, shape `(3k − 6,)`.
+
+    Raises:
+        ValueError: when the block is collinear, or the data does not vary in 3k − 6 directions (a
+            constrained bond, or too few frames).
+
+    Example:
+        >>> frames = torch.randn(50, 4, 3, dtype=torch.float64)
+        >>> block = WhitenedBlock(frames)
+        >>> whitened, logabsdet = block(frames)
+        >>> whitened.shape, torch.allclose(whitened.var(0), torch.ones(6, dtype=torch.float64))
+        (torch.Size([50, 6]), True)
+    """
+
+    reference: Tensor
+    mean: Tensor
+    components: Tensor
+    deviations: Tensor
+    constant: Tensor
+
+    def __init__(self, frames: Tensor) -> None:
+        super().__init__()
+        atoms = frames.shape[1]
+        reference = frames[0] - frames[0].mean(0)
+        for _ in range(_SUPERPOSITIONS):
+            reference = _superpose(frames, reference).mean(0)
+        rigid = _rigid_motions(reference)
+        spread = torch.linalg.svdvals(rigid)
+        if spread[-1] < 1e-6 * spread[0]:
+            raise ValueError("the atoms of the Cartesian block must not be collinear")
+        superposed = _superpose(frames, reference).flatten(1)
+        mean = superposed.mean(0)
+        variances, vectors = torch.linalg.eigh(torch.cov(superposed.T))
+        deviations = variances[6:].clamp_min(0.0).sqrt().flip(0)
+        if deviations[-1] < 1e-6 * deviations[0]:
+            raise ValueError(
+                f"the Cartesian block must vary in {len(deviations)} directions, got "
+                f"{int((deviations >= 1e-6 * deviations[0]).sum())}: constrained bonds cannot be "
+                "whitened, and fewer frames than directions do not span them"
+            )
+        # Rigid motions as columns of length √k and √inertia; the last three are the rotations.
+        inertia = rigid[:, 3:].T @ rigid[:, 3:]
+        constant = deviations.log().sum() + 1.5 * math.log(atoms) - 0.5 * torch.logdet(inertia)
+        for name, value in (
+            ("reference", reference),
+            ("mean", mean),
+            ("components", vectors[:, 6:].flip(1)),
+            ("deviations", deviations),
+            ("constant", constant),
+        ):
+            self.register_buffer(name, value)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Whiten.
+
+        Args:
+            positions: in nm, anywhere and in any orientation, shape `(N, k, 3)`.
+
+        Returns:
+            Whitened coordinates of shape `(N, 3k − 6)` and logabsdet of shape `(N,)`, that of
+            `inverse` with its sign changed.
+        """
+        superposed = _superpose(positions, self.reference)
+        whitened = (superposed.flatten(1) - self.mean) @ self.components / self.deviations
+        return whitened, -self._volume(superposed)
+
+    def inverse(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions at the origin, in the reference's orientation.
+
+        Args:
+            whitened: shape `(N, 3k − 6)`.
+
+        Returns:
+            Positions of shape `(N, k, 3)` and the log absolute determinant of the map from whitened
+            coordinates, a translation and a rotation vector to positions, shape `(N,)`.
+        """
+        flat = self.mean + (whitened * self.deviations) @ self.components.T
+        positions = flat.reshape(len(flat), -1, 3)
+        return positions, self._volume(positions)
+
+    def _volume(self, superposed: Tensor) -> Tensor:
+        # Of a turn by ω, the part within the rotations of the reference is (tr S − S) ω, where
+        # S = Σ rᵢ yᵢᵀ; the rest of it is a change of shape, which leaves the determinant alone.
+        gain = _rotation_gain(self.reference.T @ superposed)
+        return self.constant + torch.linalg.slogdet(gain).logabsdet
+
+
+_SUPERPOSITIONS = 10
+
+
+def _rigid_motions(positions: Tensor) -> Tensor:
+    """Velocities of unit translations and rotations as columns, shape (3k, 6)."""
+    axes = torch.eye(3, dtype=positions.dtype)
+    translations = axes.unsqueeze(1).expand(3, len(positions), 3)
+    rotations = torch.linalg.cross(axes.unsqueeze(1), positions.unsqueeze(0))
+    return torch.cat([translations, rotations]).flatten(1).T
+
+
+def _rotation_gain(correlation: Tensor) -> Tensor:
+    """tr(S) I − S for S = Σ rᵢ yᵢᵀ of shape (N, 3, 3)."""
+    trace = correlation.diagonal(dim1=-2, dim2=-1).sum(-1)
+    identity = torch.eye(3, dtype=correlation.dtype, device=correlation.device)
+    return trace[:, None, None] * identity - correlation
+
+
+def _superpose(positions: Tensor, reference: Tensor) -> Tensor:
+    """Centre and turn frames onto a reference (Kabsch), proper rotations only.
+
+    Gradients do not go through the singular vectors, which have none where singular values meet
+    (a regular tetrahedron): the last, infinitesimal turn that makes S symmetric carries them.
+    """
+    centred = positions - positions.mean(1, keepdim=True)
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(reference.T @ centred)
+        sign = torch.linalg.det(left @ right)
+        left[:, :, 2] *= sign.unsqueeze(-1)
+        rotation = (left @ right).mT
+    turned = centred @ rotation
+    correlation = reference.T @ turned
+    # S symmetric to first order: (tr S − S) ω = Σ yᵢ × rᵢ.
+    asymmetry = torch.linalg.cross(turned, reference.expand_as(turned)).sum(1)
+    turn = torch.linalg.lstsq(_rotation_gain(correlation.detach()), asymmetry.unsqueeze(-1))
+    return turned + torch.linalg.cross(turn.solution.mT.expand_as(turned), turned)

@@ -1,0 +1,143 @@
+"""State that travels: state_dict, deepcopy, pickle, stacking; and v as a function of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from matrices.perturbing import error_of, perturb, set_factors
+from p4flows.matrices import InvertibleMatrix, MergeBounds
+
+
+def moved(seed=0, **arguments):
+    torch.manual_seed(seed)
+    matrix = InvertibleMatrix(4, **{"rank": 2, **arguments})
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        perturb(matrix, generator)
+        assert matrix.merge(force=True).all()
+    perturb(matrix, generator)
+    return matrix
+
+
+def assert_same(one, other):
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def through_state_dict(matrix):
+    copied = moved(seed=9)
+    copied.load_state_dict(matrix.state_dict())
+    return copied
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [through_state_dict, copy.deepcopy, lambda matrix: pickle.loads(pickle.dumps(matrix))],
+    ids=["state_dict", "deepcopy", "pickle"],
+)
+def test_a_copy_goes_on_as_the_original_does(copied):
+    matrix = moved()
+    matrix.dense().sum().backward()
+    twin = copied(matrix)
+    assert_same(matrix, twin)
+    assert twin.bounds == matrix.bounds
+    for seed in range(3):
+        for each in (matrix, twin):
+            torch.manual_seed(each is twin)  # the global random state has no say
+            perturb(each, torch.Generator().manual_seed(seed))
+            assert each.merge()
+        assert_same(matrix, twin)
+    set_factors(twin, 1.0, 1.0)
+    assert not torch.equal(matrix.u, twin.u)
+
+
+def test_matrices_draw_different_v():
+    torch.manual_seed(0)
+    matrix, other = InvertibleMatrix(4), InvertibleMatrix(4, batch_shape=(3,))
+    drawn = torch.cat([matrix.v.detach().unsqueeze(0), other.v.detach()])
+    assert len(drawn.flatten().unique()) == 16
+    torch.manual_seed(0)
+    assert torch.equal(InvertibleMatrix(4).v, matrix.v)
+
+
+def test_v_follows_seed_and_counter_that_are_saved():
+    matrix = moved()
+    state = matrix.state_dict()
+    assert state["draws"] == 3
+    with torch.no_grad():
+        matrix.merge(force=True)
+    first = matrix.v.clone()
+    matrix.load_state_dict({**state, "v": matrix.v, "u": matrix.u})
+    matrix.reset()
+    assert not torch.equal(matrix.v, first)
+
+
+def test_a_newer_layout_is_refused():
+    matrix, state = moved(), moved().state_dict()
+    assert state._metadata[""]["version"] == 1
+    state._metadata[""]["version"] = 2
+    with pytest.raises(RuntimeError, match=r"InvertibleMatrix .* version 2, newer than 1: update"):
+        matrix.load_state_dict(state)
+    layers = torch.nn.Sequential(matrix)
+    state = layers.state_dict()
+    state._metadata["0"]["version"] = 2
+    with pytest.raises(RuntimeError, match=r"0 was saved with state layout version 2"):
+        layers.load_state_dict(state)
+
+
+def test_change_of_dtype():
+    matrix = moved()
+    matrix.double()
+    assert error_of(matrix).inverse < 1e-5
+    matrix.correct()
+    assert error_of(matrix).inverse < 1e-13
+    assert matrix.seed.dtype == matrix.draws.dtype == torch.int64
+    assert matrix.merge(force=True)
+    assert matrix.v.dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_stack_and_back(batch):
+    matrices = [moved(seed, batch_shape=batch) for seed in range(3)]
+    states = [copy.deepcopy(matrix.state_dict()) for matrix in matrices]
+    stacked = InvertibleMatrix.stack(matrices)
+    assert stacked.batch_shape == (3, *batch)
+    assert stacked.bounds == matrices[0].bounds
+    torch.testing.assert_close(stacked.dense(), torch.stack([m.dense() for m in matrices]))
+    assert stacked.merge(force=True).all()
+    for matrix, state in zip(matrices, states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in matrix.state_dict().items())
+
+    parameters = [(matrix.u, matrix.v) for matrix in matrices]
+    alone = copy.deepcopy(matrices)
+    stacked.unstack_into(matrices)
+    for matrix, (u, v), other in zip(matrices, parameters, alone, strict=True):
+        assert matrix.u is u
+        assert matrix.v is v
+        assert other.merge(force=True).all()
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(matrix.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: InvertibleMatrix(5, rank=2),
+        lambda: InvertibleMatrix(4),
+        lambda: InvertibleMatrix(4, rank=2).double(),
+        lambda: InvertibleMatrix(4, rank=2, bounds=MergeBounds.paper()),
+        lambda: InvertibleMatrix(4, rank=2, batch_shape=(1,)),
+    ],
+    ids=["size", "rank", "dtype", "bounds", "batch"],
+)
+def test_only_like_is_stacked(other):
+    with pytest.raises(ValueError, match="must be one or more of the same layout"):
+        InvertibleMatrix.stack([InvertibleMatrix(4, rank=2), other()])
+
+
+def test_nothing_is_not_stacked():
+    with pytest.raises(ValueError, match="must be one or more of the same layout"):
+        InvertibleMatrix.stack([])

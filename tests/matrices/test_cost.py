@@ -1,0 +1,71 @@
+"""Nothing that happens in a training step or a merge costs more than O(n²k)."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from matrices.perturbing import perturb
+from p4flows.matrices import InvertibleMatrix
+
+SIZE = 64
+RANKS = [1, 3]
+
+
+def read_backward(matrix):
+    rows = torch.ones(*matrix.batch_shape, 2, matrix.size)
+    total = matrix.multiply(rows).sum() + matrix.solve(rows).sum() + matrix.slogdet()[1].sum()
+    (total + matrix.penalty().sum()).backward()
+
+
+CHEAP = {
+    "dense": lambda matrix: matrix.dense(),
+    "inverse": lambda matrix: matrix.inverse(),
+    "slogdet": lambda matrix: matrix.slogdet(),
+    "merge": lambda matrix: matrix.merge(force=True),
+    "reset": lambda matrix: matrix.reset(),
+    "training": read_backward,
+}
+
+
+class Work(TorchDispatchMode):
+    """Counts multiplications in matrix products, collects linear algebra on n × n matrices."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.multiplications, self.factorisations = size, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        matrices = [a for a in args if isinstance(a, torch.Tensor) and a.dim() > 1]
+        if "mm" in name:  # the factors come last: mm, bmm, addmm, baddbmm_
+            left, right = matrices[-2:]
+            self.multiplications += left.numel() * right.shape[-1]
+        large = any(min(matrix.shape[-2:]) >= self.size for matrix in matrices)
+        if large and "linalg" in name and "norm" not in name:
+            self.factorisations.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def work(call, size, rank=1, batch=()):
+    matrix = InvertibleMatrix(size, rank=rank, batch_shape=batch)
+    perturb(matrix, torch.Generator().manual_seed(0))
+    with Work(size) as found:
+        call(matrix)
+    return found
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("name", CHEAP)
+def test_no_cubic_work(name, rank, batch):
+    small, large = (work(CHEAP[name], size, rank, batch) for size in (SIZE, 2 * SIZE))
+    assert not small.factorisations
+    assert large.multiplications <= 4.1 * small.multiplications
+    if name != "reset":
+        assert small.multiplications > 0
+
+
+def test_the_test_sees_cubic_work():
+    small, large = (work(lambda matrix: matrix.correct(), size) for size in (SIZE, 2 * SIZE))
+    assert small.factorisations
+    assert large.multiplications == 8 * small.multiplications

@@ -1,0 +1,98 @@
+"""Rank-k formulas and iterative inversion against torch.linalg."""
+
+import math
+
+import pytest
+import torch
+
+from p4flows.linalg import capacitance, inverse_small, refine_inverse, residual, slogdet_small
+
+SIZE = 6
+each_rank = pytest.mark.parametrize("rank", [1, 2, 3, 4])
+each_batch = pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def problem(rank, batch):
+    """A, u and v far from the identity."""
+    return (
+        normal(*batch, SIZE, SIZE),
+        normal(*batch, SIZE, rank, seed=1),
+        normal(*batch, SIZE, rank, seed=2),
+    )
+
+
+@each_batch
+@each_rank
+def test_determinant_lemma(rank, batch):
+    a, u, v = problem(rank, batch)
+    w, g = capacitance(torch.linalg.inv(a), u, v)
+    assert w.shape == (*batch, SIZE, rank)
+    torch.testing.assert_close(w, torch.linalg.solve(a, u), rtol=1e-9, atol=1e-9)
+    sign, logabsdet = slogdet_small(g)
+    before, after = torch.linalg.slogdet(a), torch.linalg.slogdet(a + u @ v.mT)
+    assert torch.equal(sign * before.sign, after.sign)
+    torch.testing.assert_close(logabsdet + before.logabsdet, after.logabsdet, rtol=1e-9, atol=1e-9)
+
+
+@each_batch
+@each_rank
+def test_woodbury_identity(rank, batch):
+    a, u, v = problem(rank, batch)
+    inverse = torch.linalg.inv(a)
+    w, g = capacitance(inverse, u, v)
+    found = inverse - w @ inverse_small(g) @ v.mT @ inverse
+    torch.testing.assert_close(found, torch.linalg.inv(a + u @ v.mT), rtol=1e-8, atol=1e-8)
+
+
+@each_batch
+@each_rank
+def test_small_matrices_against_torch(rank, batch):
+    g = normal(*batch, rank, rank, seed=3)
+    found, expected = slogdet_small(g), torch.linalg.slogdet(g)
+    torch.testing.assert_close(found[0], expected.sign)
+    torch.testing.assert_close(found[1], expected.logabsdet)
+    torch.testing.assert_close(inverse_small(g), torch.linalg.inv(g))
+
+
+@each_rank
+def test_singular_small_matrices_raise_nothing(rank):
+    singular = torch.ones(rank, rank, dtype=torch.float64)
+    singular[-1] = 0.0
+    sign, logabsdet = slogdet_small(singular)
+    assert (sign.item(), logabsdet.item()) == (0.0, -math.inf)
+    assert not inverse_small(singular).isfinite().all()
+
+
+@each_batch
+def test_residual(batch):
+    a, x = normal(*batch, SIZE, SIZE), normal(*batch, SIZE, SIZE, seed=4)
+    copies = a.clone(), x.clone()
+    expected = torch.eye(SIZE, dtype=torch.float64) - a @ x
+    torch.testing.assert_close(residual(a, x), expected)
+    assert torch.equal(a, copies[0])
+    assert torch.equal(x, copies[1])
+
+
+@each_batch
+@pytest.mark.parametrize("order", [2, 3, 7])
+def test_a_refinement_leaves_the_residual_to_the_power_of_its_order(order, batch):
+    a, error = normal(*batch, SIZE, SIZE), 0.1 * normal(*batch, SIZE, SIZE, seed=5)
+    identity = torch.eye(SIZE, dtype=torch.float64)
+    x = torch.linalg.inv(a) @ (identity - error)
+    kept = x.clone()
+    refined = refine_inverse(x, residual(a, x), order)
+    expected = torch.linalg.matrix_power(error, order)
+    assert expected.abs().max() > 1e-6  # the next order would be noticed
+    torch.testing.assert_close(residual(a, refined), expected, rtol=0, atol=1e-11)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("order", [1, 4, 0])
+def test_refinement_of_another_order(order):
+    with pytest.raises(ValueError, match=f"order must be 2, 3 or 7, got {order}"):
+        refine_inverse(torch.eye(2), torch.zeros(2, 2), order)

@@ -1,0 +1,284 @@
+"""Merges during training with every optimizer of torch.optim: whose state restarts, and how."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn, optim
+
+from p4flows import MergeHook, P4InvTransform
+from p4flows.matrices import InvertibleMatrix
+from p4flows.optimizer_state import restart_parameter
+
+EVERY = 4
+SGD = functools.partial(optim.SGD, lr=0.1)
+RMSPROP = functools.partial(optim.RMSprop, lr=1e-2)
+EACH = {
+    "SGD": SGD,
+    "SGD-momentum": functools.partial(SGD, momentum=0.9),
+    "SGD-nesterov": functools.partial(SGD, momentum=0.9, nesterov=True),
+    "Adam": functools.partial(optim.Adam, lr=1e-2),
+    "Adam-amsgrad": functools.partial(optim.Adam, lr=1e-2, amsgrad=True),
+    "AdamW": functools.partial(optim.AdamW, lr=1e-2),
+    "Adamax": functools.partial(optim.Adamax, lr=1e-2),
+    "NAdam": functools.partial(optim.NAdam, lr=1e-2),
+    "RAdam": functools.partial(optim.RAdam, lr=1e-2),
+    "RMSprop": RMSPROP,
+    "RMSprop-centered": functools.partial(RMSPROP, centered=True, momentum=0.5),
+    "Adagrad": functools.partial(optim.Adagrad, lr=1e-2),
+    "Adagrad-start": functools.partial(optim.Adagrad, lr=1e-2, initial_accumulator_value=0.3),
+    "Adadelta": functools.partial(optim.Adadelta, lr=1.0),
+    "ASGD": functools.partial(optim.ASGD, lr=1e-2, lambd=0.1, t0=1),
+    "Rprop": functools.partial(optim.Rprop, lr=1e-3),
+    "Adafactor": functools.partial(optim.Adafactor, lr=1e-2),
+    "Muon": functools.partial(optim.Muon, lr=1e-2),
+}
+WITHOUT = {
+    "foreach": ("Muon",),
+    "fused": ("Adad", "Adaf", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop"),
+    "capturable": ("SGD", "Adagrad", "Adafactor", "Muon"),
+}
+
+
+def variants(kind):
+    return {
+        f"{name}-{kind}": functools.partial(build, **{kind: True})
+        for name, build in EACH.items()
+        if not name.startswith(WITHOUT[kind])
+    }
+
+
+ON_CPU = {**EACH, **variants("foreach"), **variants("fused")}
+ON_GPU = {**ON_CPU, **variants("capturable")}
+
+
+def test_every_optimizer_is_here():
+    offered = {
+        name
+        for name, kind in vars(optim).items()
+        if isinstance(kind, type) and issubclass(kind, optim.Optimizer)
+    }
+    # SparseAdam is for sparse gradients alone; LBFGS has tests of its own below.
+    assert offered - {"Optimizer", "SparseAdam", "LBFGS"} == {n.partition("-")[0] for n in EACH}
+
+
+class Training:
+    """A P4 layer and, beside it and independent of it, an ordinary one."""
+
+    def __init__(self, build, device="cpu", merge=True, restart="v"):
+        torch.manual_seed(0)
+        self.p4 = P4InvTransform(4, rank=2, bias=False)
+        self.other = nn.Linear(4, 4, bias=False)
+        self.module = nn.ModuleList([self.p4, self.other]).to(device)
+        self.x = torch.randn(16, 4).to(device)
+        self.targets = torch.randn(2, 16, 4).to(device)
+        self.optimizer = build(self.module.parameters())
+        self.before_merge = {}
+        self.optimizer.register_step_post_hook(self.remember)
+        if merge:
+            self.hook = MergeHook(self.p4, self.optimizer, every=EVERY, restart=restart)
+
+    def remember(self, optimizer, args, kwargs):
+        self.before_merge = {p: dict(state) for p, state in optimizer.state.items()}
+
+    def backward(self):
+        self.optimizer.zero_grad()
+        fits = self.p4(self.x)[0], self.other(self.x)
+        losses = [
+            (fit - target).square().mean() for fit, target in zip(fits, self.targets, strict=True)
+        ]
+        sum(losses).backward()
+        return losses[0].item()
+
+    def step(self):
+        loss = self.backward()
+        self.optimizer.step()
+        return loss
+
+    @property
+    def factors(self):
+        return self.p4.matrix.u, self.p4.matrix.v
+
+
+def assert_same_state(state, other):
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=f"{name} differs")
+
+
+def check_merges(build, restart, device="cpu"):
+    training = Training(build, device, restart=restart)
+    without = Training(build, device, merge=False)
+    first = training.step()
+    for _ in range(EVERY - 1):
+        training.step()
+    for _ in range(EVERY):
+        without.step()
+    assert training.hook.stats.merged == 1
+
+    # Kept where they are: every state tensor, with its dtype, device and shape.
+    for parameter, before in training.before_merge.items():
+        state = training.optimizer.state[parameter]
+        assert state.keys() == before.keys()
+        for name, value in before.items():
+            assert state[name] is value or not isinstance(value, torch.Tensor)
+            assert type(state[name]) is type(value)
+    # Untouched: the ordinary layer, and u if it is to keep its momentum.
+    untouched = [(training.other.weight, without.other.weight)]
+    if restart == "v":
+        untouched.append((training.p4.matrix.u, without.p4.matrix.u))
+    for parameter, twin in untouched:
+        assert_same_state(training.optimizer.state[parameter], without.optimizer.state[twin])
+
+    # Restarted: the next steps are the first ones of a new optimizer. (At the very first one u = 0,
+    # so that v has no gradient yet.)
+    restarted = [training.p4.matrix.v] if restart == "v" else list(training.factors)
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in restarted]
+    fresh = build(copies)
+    for _ in range(EVERY - 1):
+        training.backward()
+        for parameter, twin in zip(restarted, copies, strict=True):
+            twin.grad = parameter.grad.clone()
+        training.optimizer.step()
+        fresh.step()
+        for parameter, twin in zip(restarted, copies, strict=True):
+            torch.testing.assert_close(parameter, twin)
+            torch.testing.assert_close(training.optimizer.state[parameter], fresh.state[twin])
+    assert all(bool(parameter.grad.any()) for parameter in restarted)
+
+    for _ in range(6 * EVERY + 1):
+        last = training.step()
+    for _ in range(7 * EVERY):
+        without.step()
+    assert last < first
+    assert training.hook.stats.merged == 8
+    assert torch.equal(training.other.weight, without.other.weight)
+
+
+@pytest.mark.parametrize("restart", ["v", "both"])
+@pytest.mark.parametrize("name", ON_CPU)
+def test_merges_during_training(name, restart):
+    check_merges(ON_CPU[name], restart)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="capturable optimizers need a GPU")
+@pytest.mark.parametrize("restart", ["v", "both"])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_merges_during_training_on_a_gpu(name, restart):
+    check_merges(ON_GPU[name], restart, "cuda")
+
+
+def lbfgs(**kwargs):
+    training = Training(lambda parameters: optim.LBFGS(parameters, lr=0.1, max_iter=2), **kwargs)
+
+    def step():
+        def closure():
+            training.optimizer.zero_grad()
+            loss = (training.p4(training.x)[0] - training.targets[0]).square().mean()
+            loss = loss + (training.other(training.x) - training.targets[1]).square().mean()
+            loss.backward()
+            return loss
+
+        return training.optimizer.step(closure).item()
+
+    return training, step
+
+
+@pytest.mark.parametrize("restart", ["v", "both"])
+def test_lbfgs_starts_anew_after_a_merge(restart):
+    training, step = lbfgs(restart=restart)
+    losses = [step() for _ in range(EVERY)]
+    state = training.optimizer.state[training.optimizer.param_groups[0]["params"][0]]
+    assert training.hook.stats.merged == 1
+    assert state["n_iter"] == 0
+    assert state["func_evals"] == 2 * EVERY
+    assert state.keys() == {"n_iter", "func_evals"}
+    weights = [parameter.detach().clone() for parameter in training.module.parameters()]
+
+    losses += [step()]
+    twin, step_twin = lbfgs(merge=False)
+    twin.module.load_state_dict(training.module.state_dict())
+    with torch.no_grad():
+        for parameter, weight in zip(twin.module.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    assert step_twin() == losses[-1]
+    for parameter, other in zip(
+        training.module.parameters(), twin.module.parameters(), strict=True
+    ):
+        assert torch.equal(parameter, other)
+    losses += [step() for _ in range(4 * EVERY)]
+    assert losses[-1] < losses[0]
+
+
+def test_lbfgs_keeps_its_history_when_nothing_merges():
+    training, step = lbfgs()
+    for _ in range(EVERY - 1):
+        step()
+    with torch.no_grad():
+        for factor in training.factors:
+            factor.fill_(1e30)  # cannot be merged
+    training.optimizer.zero_grad()
+    training.optimizer.step(lambda: torch.tensor(0.0, requires_grad=True))
+    state = training.optimizer.state[training.optimizer.param_groups[0]["params"][0]]
+    assert (training.hook.stats.merged, training.hook.stats.skipped) == (0, 1)
+    assert state["n_iter"] > 0
+
+
+class Counting(optim.SGD):
+    """An optimizer of someone else's, with state of every kind."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["count"] = state.get("count", 0) + 1
+                state["scale"] = state.get("scale", 0.0) + 0.5
+                state["trace"] = torch.ones_like(parameter)
+                state["log"] = ["kept"]
+
+
+def test_an_unknown_optimizer_starts_from_zero():
+    layer = P4InvTransform(3)
+    optimizer = Counting(layer.parameters(), lr=0.1)
+    hook = MergeHook(layer, optimizer, every=2)
+    optimizer.step()
+    optimizer.step()
+    assert hook.stats.merged == 1
+    restarted = optimizer.state[layer.matrix.v]
+    assert (restarted["count"], restarted["scale"], restarted["log"]) == (0, 0.0, ["kept"])
+    assert type(restarted["scale"]) is float
+    assert torch.equal(restarted["trace"], torch.zeros(3, 1))
+    for parameter in (layer.matrix.u, layer.bias):
+        kept = optimizer.state[parameter]
+        assert (kept["count"], kept["scale"], kept["log"]) == (2, 1.0, ["kept"])
+        assert torch.equal(kept["trace"], torch.ones_like(parameter))
+
+
+@pytest.mark.parametrize("build", [EACH["Adam"], EACH["Rprop"], EACH["Adafactor"]])
+def test_in_a_batch_only_the_re_initialised_restart(build):
+    matrix = InvertibleMatrix(3, batch_shape=(2, 2), rank=2)
+    optimizer = build([matrix.v])
+    for _ in range(3):
+        (matrix.v * torch.randn(2, 2, 3, 2)).sum().backward()
+        optimizer.step()
+    state = optimizer.state[matrix.v]
+    before = {name: value.clone() for name, value in state.items()}
+    where = torch.tensor([[True, False], [False, True]])
+    restart_parameter(optimizer, matrix.v, where)
+    for name, value in state.items():
+        if value.dim() == 0:
+            assert value == 3
+            continue
+        initial = 1e-3 if name == "step_size" else 0.0
+        assert torch.equal(value[where], torch.full_like(value[where], initial)), name
+        assert torch.equal(value[~where], before[name][~where]), name
+        assert not torch.equal(value[where], before[name][where]), name
+    restart_parameter(optimizer, matrix.v, torch.ones_like(where))
+    assert state["step"] == 0
+
+
+def test_a_parameter_that_has_not_been_trained_yet():
+    matrix = InvertibleMatrix(3)
+    optimizer = optim.Adam([matrix.v])
+    restart_parameter(optimizer, matrix.v, torch.tensor(True))
+    assert not optimizer.state

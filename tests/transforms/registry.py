@@ -1,0 +1,66 @@
+"""Every public transform, name → constructor, and how to move one off its start.
+
+At its start a P4 layer is the identity, where a log-determinant of 0 and an inverse Aᵀ are right.
+A new transform is one more line in `CONSTRUCTORS`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from nflows.transforms.base import Transform
+from torch import nn
+
+from p4flows.matrices import PerturbedMatrix
+from p4flows.transforms import AffineCoupling, BentIdentity, BentStack, P4InvTransform
+from p4flows.transforms.bent_cascade import DENSE_UP_TO
+
+Constructor = Callable[[], Transform]
+
+START = torch.tensor([[0.5, -1.0], [3.0, 0.2]], dtype=torch.float64)
+
+CONSTRUCTORS: dict[str, Constructor] = {
+    "AffineCoupling": lambda: AffineCoupling(4, hidden=(5, 5)),
+    "AffineCoupling-odd": lambda: AffineCoupling(3, hidden=(5,)),
+    "BentIdentity": BentIdentity,
+    "BentStack": lambda: BentStack(2, blocks=2),
+    "BentStack-one": lambda: BentStack(1, blocks=1),
+    "BentStack-rank2": lambda: BentStack(3, blocks=2, rank=2),
+    "BentStack-thin": lambda: BentStack(DENSE_UP_TO + 1, blocks=1),
+    "P4InvTransform": lambda: P4InvTransform(3),
+    "P4InvTransform-cache": lambda: P4InvTransform(3, using_cache=True),
+    "P4InvTransform-nobias": lambda: P4InvTransform(3, bias=False),
+    "P4InvTransform-one": lambda: P4InvTransform(1),
+    "P4InvTransform-rank2": lambda: P4InvTransform(4, rank=2),
+    "P4InvTransform-reverse": lambda: P4InvTransform(3, init="reverse"),
+    "P4InvTransform-tensor": lambda: P4InvTransform(2, init=START),
+}
+
+FREE_WIDTH = 3  # of the inputs of a transform without a fixed number of features
+
+
+def width(transform: Transform) -> int:
+    """The number of features to test a transform with."""
+    return getattr(transform, "features", FREE_WIDTH)
+
+
+@torch.no_grad()
+def perturb(module: nn.Module) -> None:
+    """Random parameters everywhere: u and v of every perturbed matrix, biases, nets."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    for matrix in perturbed_matrices(module):
+        matrix.u.normal_(std=0.5 * matrix.size**-0.5)
+
+
+def move(module: nn.Module, merges: int = 3) -> None:
+    """Take a module off its start: several merges, then a perturbation that is not merged."""
+    for _ in range(merges):
+        perturb(module)
+        for matrix in perturbed_matrices(module):
+            assert bool(matrix.merge(force=True).all())
+    perturb(module)
+
+
+def perturbed_matrices(module: nn.Module) -> list[PerturbedMatrix]:
+    """All perturbed matrices of a module, at any depth."""
+    return [found for found in module.modules() if isinstance(found, PerturbedMatrix)]

@@ -1,0 +1,19 @@
+"""Every public transform keeps the contract, in both directions."""
+
+import pytest
+
+import p4flows.transforms
+from transforms.contract import CHECKS, build
+from transforms.registry import CONSTRUCTORS
+
+
+def test_registry_holds_every_public_transform():
+    registered = {type(constructor()).__name__ for constructor in CONSTRUCTORS.values()}
+    assert registered == set(p4flows.transforms.__all__)
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_contract(check, name, direction):
+    check(build(CONSTRUCTORS[name], direction))
