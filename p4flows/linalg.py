@@ -26,8 +26,9 @@ def capacitance(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         True
     """
     w = inverse @ u
-    identity = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-    return w, identity + v.mT @ w
+    k = u.shape[-1]
+    identity = 1.0 if k == 1 else torch.eye(k, dtype=u.dtype, device=u.device)
+    return w, v.mT @ w + identity
 
 
 def slogdet_small(g: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +46,27 @@ def slogdet_small(g: Tensor) -> tuple[Tensor, Tensor]:
         (-1.0, 0.0)
     """
     if g.shape[-1] == 1:
-        scalar = g[..., 0, 0]
-        return torch.sign(scalar), torch.log(torch.abs(scalar))
+        return torch.sign(g[..., 0, 0]), logabsdet_small(g)
     sign, logabsdet = torch.linalg.slogdet(g)
     return sign, logabsdet
+
+
+def logabsdet_small(g: Tensor) -> Tensor:
+    """As `slogdet_small`, without the sign: where every kernel counts.
+
+    Args:
+        g: shape `(*batch, k, k)`.
+
+    Returns:
+        Tensor of shape `(*batch,)`.
+
+    Example:
+        >>> logabsdet_small(torch.tensor([[-1.0]])).item()
+        0.0
+    """
+    if g.shape[-1] == 1:
+        return torch.log(torch.abs(g[..., 0, 0]))
+    return torch.linalg.slogdet(g).logabsdet
 
 
 def inverse_small(g: Tensor) -> Tensor:

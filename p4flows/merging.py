@@ -12,7 +12,12 @@ from torch.optim import Optimizer
 
 from p4flows.arguments import check_positive_int
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
-from p4flows.optimizer_state import restart_lbfgs, restart_parameter
+from p4flows.optimizer_state import (
+    carry_momentum,
+    restart_lbfgs,
+    restart_momentum,
+    restart_parameter,
+)
 
 # A stack of small matrices merges in the time of one; copying large ones into a stack and back
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).
@@ -68,8 +73,9 @@ class MergeHook:
         force_every: N_force, merges between forced ones; None is never.
         correct_every: N_correct, merges between corrections of the inverse; None is never.
         restart: whose optimizer state starts anew when v is redrawn: "v", so that u keeps its
-            momentum, or "both". `LBFGS` keeps one history for all parameters together; it starts
-            anew as a whole.
+            momentum, "both", or "carry": momentum that points along the old v is carried over to
+            the new one, second moments stay, which trains faster with Adam. `LBFGS` keeps one
+            history for all parameters together; it starts anew as a whole.
 
     Attributes:
         stats: a `MergeStats`.
@@ -101,7 +107,7 @@ class MergeHook:
         every: int = 100,
         force_every: int | None = 10,
         correct_every: int | None = 50,
-        restart: Literal["v", "both"] = "v",
+        restart: Literal["v", "both", "carry"] = "v",
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -111,8 +117,8 @@ class MergeHook:
         for name, interval in (("force_every", force_every), ("correct_every", correct_every)):
             if interval is not None:
                 check_positive_int(name, interval)
-        if restart not in ("v", "both"):
-            raise ValueError(f"restart must be 'v' or 'both', got {restart!r}")
+        if restart not in ("v", "both", "carry"):
+            raise ValueError(f"restart must be 'v', 'both' or 'carry', got {restart!r}")
         self.every = every
         self.force_every = force_every
         self.correct_every = correct_every
@@ -185,19 +191,19 @@ class MergeHook:
         correct = self.correct_every is not None and self._merges % self.correct_every == 0
         for group in self._groups():
             target = group[0] if len(group) == 1 else type(group[0]).stack(group)
+            before = target.v.detach().clone()
             outcome = target.attempt_merge(force)
             self._count(outcome)
             if correct:
                 rescued = target.correct()
                 self.stats.corrected += rescued.numel()
                 self.stats.rescued += int(rescued.sum())
-            redrawn = outcome.merged | outcome.reset
             if len(group) == 1:
-                self._restart_state(optimizer, group[0], redrawn)
+                self._restart_state(optimizer, target, before, outcome)
                 continue
             target.unstack_into(group)
-            for matrix, where in zip(group, redrawn, strict=True):
-                self._restart_state(optimizer, matrix, where)
+            for matrix, *own in zip(group, before, *outcome, strict=True):
+                self._restart_state(optimizer, matrix, own[0], MergeOutcome(*own[1:]))
 
     def _groups(self) -> list[list[PerturbedMatrix]]:
         """The matrices, those together that can be merged by the same calls."""
@@ -215,15 +221,22 @@ class MergeHook:
         self.stats.skipped += outcome.merged.numel() - merged - reset
 
     def _restart_state(
-        self, optimizer: Optimizer, matrix: PerturbedMatrix, redrawn: Tensor
+        self, optimizer: Optimizer, matrix: PerturbedMatrix, before: Tensor, outcome: MergeOutcome
     ) -> None:
+        redrawn = outcome.merged | outcome.reset
         if isinstance(optimizer, torch.optim.LBFGS):
             if bool(redrawn.any()):
                 restart_lbfgs(optimizer)
             return
-        parameters = [matrix.v] if self.restart == "v" else [matrix.u, matrix.v]
-        for parameter in parameters:
-            restart_parameter(optimizer, parameter, redrawn)
+        if self.restart == "carry":
+            carry_momentum(optimizer, matrix.u, before, matrix.v, outcome.merged)
+            restart_momentum(optimizer, matrix.v, outcome.merged)
+        else:
+            restart_parameter(optimizer, matrix.v, outcome.merged)
+        # The state of what was not finite is not finite either.
+        everything = redrawn if self.restart == "both" else outcome.reset
+        restart_parameter(optimizer, matrix.u, everything)
+        restart_parameter(optimizer, matrix.v, outcome.reset)
 
 
 def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, PerturbedMatrix]:

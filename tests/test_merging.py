@@ -383,8 +383,8 @@ def test_an_optimizer_that_lacks_parameters_is_told_which():
         ({"force_every": "10"}, TypeError, "force_every must be a positive int, got str"),
         ({"correct_every": 0}, ValueError, "correct_every must be a positive int, got 0"),
         ({"correct_every": True}, TypeError, "correct_every must be a positive int, got bool"),
-        ({"restart": "u"}, ValueError, "restart must be 'v' or 'both', got 'u'"),
-        ({"restart": None}, ValueError, "restart must be 'v' or 'both', got None"),
+        ({"restart": "u"}, ValueError, "restart must be 'v', 'both' or 'carry', got 'u'"),
+        ({"restart": None}, ValueError, "restart must be 'v', 'both' or 'carry', got None"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

@@ -1,6 +1,8 @@
 """Merges during training with every optimizer of torch.optim: whose state restarts, and how."""
 
+import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn, optim
 
 from p4flows import MergeHook, P4InvTransform
 from p4flows.matrices import InvertibleMatrix
-from p4flows.optimizer_state import restart_parameter
+from p4flows.optimizer_state import carry_momentum, restart_parameter
 
 EVERY = 4
 SGD = functools.partial(optim.SGD, lr=0.1)
@@ -282,3 +284,73 @@ def test_a_parameter_that_has_not_been_trained_yet():
     optimizer = optim.Adam([matrix.v])
     restart_parameter(optimizer, matrix.v, torch.tensor(True))
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_carried_momentum_is_that_of_the_same_gradient_for_the_new_v(rank):
+    # With v of full rank in its row space, (∂J/∂Ã) is known there: choose one that is.
+    torch.manual_seed(0)
+    layer = P4InvTransform(5, rank=rank).double()
+    matrix = layer.matrix
+    before, after = torch.randn(2, 5, rank, dtype=torch.float64)
+    gradient = torch.randn(5, rank, dtype=torch.float64) @ before.mT
+    optimizer = torch.optim.Adam(layer.parameters())
+    matrix.u.grad = gradient @ before
+    optimizer.step()
+    momentum, squares = (
+        optimizer.state[matrix.u]["exp_avg"],
+        optimizer.state[matrix.u]["exp_avg_sq"],
+    )
+    kept = squares.clone()
+    carry_momentum(optimizer, matrix.u, before, after, torch.tensor(False))
+    torch.testing.assert_close(momentum, 0.1 * gradient @ before)
+    carry_momentum(optimizer, matrix.u, before, after, torch.tensor(True))
+    torch.testing.assert_close(momentum, 0.1 * gradient @ after)
+    assert torch.equal(squares, kept)
+    # A v of dependent columns says nothing.
+    carry_momentum(optimizer, matrix.u, torch.zeros_like(after), after, torch.tensor(True))
+    assert torch.equal(momentum, torch.zeros_like(momentum))
+
+
+def test_carry_keeps_second_moments_and_moves_first_ones():
+    torch.manual_seed(0)
+    layer = P4InvTransform(4)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    MergeHook(layer, optimizer, every=3, restart="carry")
+    x = torch.randn(8, 4)
+    for _ in range(2):
+        layer(x)[0].square().sum().backward()
+        optimizer.step()
+    layer(x)[0].square().sum().backward()
+    # The third step without its merge, on copies.
+    twin = copy.deepcopy(layer)
+    for own, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        other.grad = own.grad.clone()
+    plain = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    plain.step()
+    optimizer.step()
+    old, new = twin.matrix.v, layer.matrix.v
+    assert not torch.equal(old, new)
+    factor = (old * new).sum() / old.square().sum()
+    state_u, state_v = optimizer.state[layer.matrix.u], optimizer.state[layer.matrix.v]
+    torch.testing.assert_close(state_u["exp_avg"], factor * plain.state[twin.matrix.u]["exp_avg"])
+    assert not state_v["exp_avg"].any()
+    for state, parameter in ((state_u, twin.matrix.u), (state_v, twin.matrix.v)):
+        assert torch.equal(state["exp_avg_sq"], plain.state[parameter]["exp_avg_sq"])
+        assert state["step"] == 3
+
+
+@pytest.mark.parametrize("restart", ["v", "both", "carry"])
+def test_state_of_a_reset_perturbation_is_finite_again(restart):
+    layer = P4InvTransform(3)
+    optimizer = torch.optim.Adam(layer.parameters())
+    hook = MergeHook(layer, optimizer, every=2, restart=restart)
+    for scale in (1.0, math.nan):
+        optimizer.zero_grad()
+        (scale * layer(torch.ones(2, 3))[0]).sum().backward()
+        optimizer.step()
+    assert hook.stats.reset == 1
+    for factor in (layer.matrix.u, layer.matrix.v):
+        assert factor.isfinite().all()
+        assert all(entry.isfinite().all() for entry in optimizer.state[factor].values())

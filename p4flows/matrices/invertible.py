@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from p4flows.linalg import capacitance, inverse_small, refine_inverse, residual, slogdet_small
+from p4flows.matrices.invertible_autograd import Multiply, Solve, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix
 
 Interval = tuple[float, float]
@@ -192,6 +193,27 @@ class InvertibleMatrix(PerturbedMatrix):
         w, g = capacitance(self.inverse_frozen, self.u, self.v)
         x = y @ self.inverse_frozen.mT
         return x - (x @ self.v) @ (w @ inverse_small(g)).mT
+
+    def multiply_and_logabsdet(
+        self, x: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
+        if needs_plain_operations(x):
+            return super().multiply_and_logabsdet(x, bias)
+        return Multiply.apply(  # type: ignore[no-untyped-call]
+            x, bias, self.u, self.v, self.frozen, *self._inverse_and_logabsdet()
+        )
+
+    def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
+        if needs_plain_operations(y):
+            return super().solve_and_logabsdet(y, bias)
+        return Solve.apply(  # type: ignore[no-untyped-call]
+            y, bias, self.u, self.v, *self._inverse_and_logabsdet()
+        )
+
+    def _inverse_and_logabsdet(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inverse_frozen, self.logabsdet_frozen, self.logabsdet_carry
 
     def dense(self) -> Tensor:
         """Ã = A + u vᵀ (equation 5), shape `(*batch_shape, n, n)`."""

@@ -170,6 +170,33 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """Carry the perturbation of the candidates into the frozen state; (merged, forced)."""
 
+    def multiply_and_logabsdet(
+        self, x: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer returns in the forward direction; for a single matrix only.
+
+        Args:
+            x: shape `(N, n)`.
+            bias: b, shape `(n,)`, or None.
+
+        Returns:
+            Ã x + b of shape `(N, n)` and ln|det Ã| of shape `(N,)`.
+        """
+        return self.multiply(x, bias), self.slogdet()[1].repeat(len(x))
+
+    def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a layer returns in the inverse direction; for a single matrix only.
+
+        Args:
+            y: shape `(N, n)`.
+            bias: b, shape `(n,)`, or None.
+
+        Returns:
+            Ã⁻¹ (y − b) of shape `(N, n)` and −ln|det Ã| of shape `(N,)`.
+        """
+        x = self.solve(y if bias is None else y - bias)
+        return x, -self.slogdet()[1].repeat(len(y))
+
     def merge(self, force: bool = False) -> Tensor:
         """Merge the perturbation into the frozen matrix: A ← R_B(A), then B ← B₀.
 

@@ -147,8 +147,13 @@ class BentStack(Transform):
             A `BentStack` with copies of parameters, inverses, log-determinants, seeds and counters.
 
         Raises:
+            TypeError: when it is not a `CompositeTransform`.
             ValueError: when the composite consists of anything else, or of layers without bias.
         """
+        if not isinstance(composite, CompositeTransform):
+            raise TypeError(
+                f"composite must be a CompositeTransform, got {type(composite).__name__}"
+            )
         transforms = list(composite._transforms)
         layers = [layer for layer in transforms[0::2] if isinstance(layer, P4InvTransform)]
         biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]

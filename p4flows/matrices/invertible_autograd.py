@@ -1,0 +1,119 @@
+"""The two maps of an `InvertibleMatrix` with hand-written gradients.
+
+With y = Ã x + b, Ã = A + u vᵀ, and the gradient g of a loss with respect to y, both directions have
+
+    ∂x = Ãᵀ g,   ∂u = Σ g (vᵀx)ᵀ,   ∂v = Σ x (uᵀg)ᵀ,   ∂b = Σ g
+
+where the inverse reverses the sign of the last three; ln|det Ã| adds A⁻ᵀv G⁻ᵀ to ∂u and A⁻¹u G⁻¹
+to ∂v. Autograd finds the same numbers with half as many kernels again: at n = 2 kernels are all the
+cost, at large n each is one more pass over the batch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from p4flows.linalg import capacitance, inverse_small, logabsdet_small
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Multiply(torch.autograd.Function):
+    """Ã x + b and ln|det Ã| of each row x, from (x, b, u, v, A, A⁻¹, ln|det A|, its carry)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        frozen: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and log-determinants, shapes (N, n) and (N,)."""
+        w, g = capacitance(inverse, u, v)
+        y = F.linear(x, frozen, bias).addmm_(x @ v, u.mT)
+        ctx.save_for_backward(x, u, v, frozen, inverse, w, inverse_small(g))
+        return y, _for_each_row(_logabsdet(g, *logabsdet), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> Gradients:
+        """∂x, ∂b, ∂u and ∂v, differentiable once more."""
+        x, u, v, frozen, inverse, w, g_inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            w, g_inverse = _differentiable(inverse, u, v)
+        grad_y_u = grad_y @ u
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_y @ frozen).addmm_(grad_y_u, v.mT)
+        scaled = grad_log.sum() * g_inverse
+        grad_u = torch.addmm(grad_y.mT @ (x @ v), inverse.mT @ v, scaled.mT)
+        grad_v = torch.addmm(x.mT @ grad_y_u, w, scaled)
+        grad_bias = grad_y.sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, grad_u, grad_v, None, None, None, None
+
+
+class Solve(torch.autograd.Function):
+    """Ã⁻¹ (y − b) and −ln|det Ã| of each row y, from (y, b, u, v, A⁻¹, ln|det A|, its carry)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows and log-determinants, shapes (N, n) and (N,)."""
+        w, g = capacitance(inverse, u, v)
+        g_inverse = inverse_small(g)
+        x = (y if bias is None else y - bias) @ inverse.mT
+        x.addmm_(x @ v, (w @ g_inverse).mT, alpha=-1)
+        ctx.save_for_backward(x, u, v, inverse, w, g_inverse)
+        return x, _for_each_row(-_logabsdet(g, *logabsdet), x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_log: Tensor) -> Gradients:
+        """∂y, ∂b, ∂u and ∂v, differentiable once more."""
+        x, u, v, inverse, w, g_inverse = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            w, g_inverse = _differentiable(inverse, u, v)
+        grad_y_u = grad_x @ (w @ g_inverse)
+        grad_y = torch.addmm(grad_x, grad_y_u, v.mT, alpha=-1) @ inverse
+        scaled = grad_log.sum() * g_inverse
+        grad_u = -torch.addmm(grad_y.mT @ (x @ v), inverse.mT @ v, scaled.mT)
+        grad_v = -torch.addmm(x.mT @ grad_y_u, w, scaled)
+        grad_bias = -grad_y.sum(0) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_bias, grad_u, grad_v, None, None, None
+
+
+def needs_plain_operations(x: Tensor) -> bool:
+    """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
+    device = x.device.type
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        # The meta device has no autocast to ask about.
+        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    )
+
+
+def _logabsdet(g: Tensor, frozen: Tensor, carry: Tensor) -> Tensor:
+    return logabsdet_small(g).add_(carry).add_(frozen)
+
+
+def _for_each_row(logabsdet: Tensor, x: Tensor) -> Tensor:
+    """As `repeat`, which takes as long as three other kernels."""
+    return logabsdet.expand(len(x)).contiguous()
+
+
+def _differentiable(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A⁻¹u and G⁻¹ as functions of u and v, for a second derivative (create_graph=True)."""
+    w, g = capacitance(inverse, u, v)
+    return w, inverse_small(g)

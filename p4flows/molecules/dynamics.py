@@ -1,0 +1,234 @@
+"""Langevin dynamics of independent replicas, kept on disk: resumable, never computed twice."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+import openmm
+from tqdm.auto import tqdm
+
+from p4flows.arguments import check_positive_int
+from p4flows.molecules.system import Molecule
+
+
+@dataclasses.dataclass(frozen=True)
+class LangevinDynamics:
+    """Everything that determines the frames of a replica, but the molecule.
+
+    Attributes:
+        temperature: in K.
+        timestep: in fs; 1 for a molecule without constraints.
+        friction: in 1/ps.
+        spacing: steps between frames.
+        equilibration: steps before the first frame, after a minimisation.
+        chunk: frames of one file; an interrupted run loses at most one chunk of each replica.
+        platform: name of the OpenMM platform.
+        seed: of the random forces; each replica and chunk has its own stream.
+
+    Raises:
+        TypeError: when a count is not an int.
+        ValueError: when a value is out of range.
+    """
+
+    temperature: float = 600.0
+    timestep: float = 1.0
+    friction: float = 1.0
+    spacing: int = 100
+    equilibration: int = 50_000
+    chunk: int = 1_000
+    platform: str = "Reference"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("spacing", "equilibration", "chunk"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("temperature", "timestep", "friction"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def folder(self, molecule: Molecule) -> str:
+        """A folder name for the frames that these settings give, and no others.
+
+        Args:
+            molecule: what is simulated.
+
+        Returns:
+            A readable name that ends in a digest of all settings, the system and its positions.
+        """
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode())
+        digest.update(openmm.XmlSerializer.serialize(molecule.system).encode())
+        digest.update(molecule.positions.tobytes())
+        readable = f"{molecule.name}-{self.temperature:g}K-{self.spacing * self.timestep:g}fs"
+        return f"{readable}-seed{self.seed}-{digest.hexdigest()[:8]}"
+
+
+def simulate(
+    molecule: Molecule,
+    directory: str | os.PathLike[str],
+    *,
+    dynamics: LangevinDynamics = LangevinDynamics(),
+    replicas: int = 2,
+    frames: int = 10_000,
+    workers: int = 2,
+    progress: bool = True,
+) -> np.ndarray:
+    """Simulate independent replicas, or read what has been simulated before.
+
+    The folder `directory/dynamics.folder(molecule)` takes topology.pdb, settings.json and for each
+    replica a folder of TRR files, which `mdtraj.load(files, top="topology.pdb")` reads in order.
+    A call that asks for more replicas or frames than there are computes the missing ones only, and
+    an interrupted call continues with the frames that an uninterrupted one would have given.
+
+    Args:
+        molecule: system, topology and start positions.
+        directory: where the folders of all settings lie.
+        dynamics: the settings.
+        replicas: number of independent simulations.
+        frames: frames of each replica.
+        workers: processes; replicas run side by side.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Positions in nm, float32, shape `(replicas, frames, 3·atoms)`.
+
+    Raises:
+        TypeError: when a count is not an int.
+        ValueError: when one is not positive.
+        openmm.OpenMMException: when a simulation blows up.
+    """
+    for name, count in (("replicas", replicas), ("frames", frames), ("workers", workers)):
+        check_positive_int(name, count)
+    folder = Path(directory) / dynamics.folder(molecule)
+    chunks = math.ceil(frames / dynamics.chunk)
+    files = [[_chunk_file(folder, r, c) for c in range(chunks)] for r in range(replicas)]
+    _describe(molecule, dynamics, folder)
+    missing = {r: chunks - _finished(found) for r, found in enumerate(files)}
+    missing = {replica: count for replica, count in missing.items() if count}
+    if missing:
+        bar = tqdm(
+            total=replicas * chunks * dynamics.chunk,
+            initial=(replicas * chunks - sum(missing.values())) * dynamics.chunk,
+            unit="frame",
+            disable=not progress,
+        )
+        context = multiprocessing.get_context("spawn")
+        with (
+            bar,
+            concurrent.futures.ProcessPoolExecutor(
+                min(workers, len(missing)),
+                mp_context=context,
+                initializer=_start_worker,
+                initargs=(molecule, dynamics, folder),
+            ) as pool,
+        ):
+            running = {pool.submit(_advance, replica): replica for replica in missing}
+            while running:
+                done, _ = concurrent.futures.wait(
+                    running, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    replica = running.pop(future)
+                    future.result()
+                    bar.update(dynamics.chunk)
+                    missing[replica] -= 1
+                    if missing[replica]:
+                        running[pool.submit(_advance, replica)] = replica
+    topology = mdtraj.Topology.from_openmm(molecule.topology)
+    trajectories = [mdtraj.load([str(f) for f in found], top=topology) for found in files]
+    return np.stack([t.xyz[:frames].reshape(frames, -1) for t in trajectories])
+
+
+def _chunk_file(folder: Path, replica: int, chunk: int) -> Path:
+    return folder / f"replica-{replica:02}" / f"{chunk:04}.trr"
+
+
+def _finished(files: list[Path]) -> int:
+    """How many chunks there are, from the first one on."""
+    return next((index for index, file in enumerate(files) if not file.exists()), len(files))
+
+
+def _describe(molecule: Molecule, dynamics: LangevinDynamics, folder: Path) -> None:
+    """Write what a reader of the folder needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"molecule": molecule.name, **dataclasses.asdict(dynamics)}
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    molecule.trajectory(molecule.positions).save_pdb(str(folder / "topology.pdb"))
+
+
+class _Simulation:
+    """The chunks of all replicas of one folder, one at a time."""
+
+    def __init__(self, molecule: Molecule, dynamics: LangevinDynamics, folder: Path) -> None:
+        self.molecule, self.dynamics, self.folder = molecule, dynamics, folder
+
+    def advance(self, replica: int) -> None:
+        """Compute the first chunk of a replica that is not there yet."""
+        chunk = 0
+        while _chunk_file(self.folder, replica, chunk).exists():
+            chunk += 1
+        integrator = openmm.LangevinMiddleIntegrator(
+            self.dynamics.temperature, self.dynamics.friction, 1e-3 * self.dynamics.timestep
+        )
+        # A new stream at every chunk, so that positions and velocities are all there is to save.
+        seed = _seed(self.dynamics.seed, replica, chunk)
+        integrator.setRandomNumberSeed(seed)
+        platform = openmm.Platform.getPlatformByName(self.dynamics.platform)
+        context = openmm.Context(self.molecule.system, integrator, platform)
+        if chunk == 0:
+            context.setPositions(self.molecule.positions)
+            openmm.LocalEnergyMinimizer.minimize(context)
+            context.setVelocitiesToTemperature(self.dynamics.temperature, seed)
+            integrator.step(self.dynamics.equilibration)
+        else:
+            with np.load(self._state_file(replica, chunk - 1)) as state:
+                context.setPositions(state["positions"])
+                context.setVelocities(state["velocities"])
+        frames = np.empty((self.dynamics.chunk, self.molecule.atoms, 3), dtype=np.float32)
+        for frame in frames:
+            integrator.step(self.dynamics.spacing)
+            frame[:] = context.getState(getPositions=True).getPositions(asNumpy=True)._value
+        if not np.isfinite(frames).all():
+            raise openmm.OpenMMException(f"replica {replica} has left the finite numbers")
+        self._save(replica, chunk, context, frames)
+
+    def _save(self, replica: int, chunk: int, context: openmm.Context, frames: np.ndarray) -> None:
+        file = _chunk_file(self.folder, replica, chunk)
+        file.parent.mkdir(exist_ok=True)
+        state = context.getState(getPositions=True, getVelocities=True)
+        np.savez(
+            self._state_file(replica, chunk),
+            positions=state.getPositions(asNumpy=True)._value,
+            velocities=state.getVelocities(asNumpy=True)._value,
+        )
+        # The chunk counts as there when this file is, so it comes last, and whole.
+        aside = file.with_suffix(".part.trr")
+        self.molecule.trajectory(frames).save_trr(str(aside))
+        os.replace(aside, file)
+
+    def _state_file(self, replica: int, chunk: int) -> Path:
+        return _chunk_file(self.folder, replica, chunk).with_suffix(".npz")
+
+
+def _seed(*stream: int) -> int:
+    """A seed for OpenMM from 1 to 2³¹ − 1; zero would be a seed from the clock."""
+    return int(np.random.SeedSequence(stream).generate_state(1)[0]) % (2**31 - 1) + 1
+
+
+_worker: _Simulation
+
+
+def _start_worker(molecule: Molecule, dynamics: LangevinDynamics, folder: Path) -> None:
+    global _worker
+    _worker = _Simulation(molecule, dynamics, folder)
+
+
+def _advance(replica: int) -> None:
+    _worker.advance(replica)

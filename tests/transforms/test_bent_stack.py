@@ -1,0 +1,209 @@
+"""BentStack is the composite of its single layers, faster."""
+
+import pytest
+import torch
+from nflows.transforms.base import CompositeTransform, InverseTransform
+from nflows.transforms.permutations import ReversePermutation
+
+from p4flows import BentIdentity, BentStack, MergeBounds, P4InvTransform
+from p4flows.transforms import bent_cascade
+from transforms.registry import move, perturbed_matrices
+
+# Each size on both paths: Ã formed, and two thin products a layer.
+DENSE_UP_TO = {"dense": 10**6, "thin": 0}
+SIZES = [(1, 2, 1), (2, 5, 1), (2, 3, 2), (5, 2, 3)]
+
+
+def moved(features=2, blocks=3, **options):
+    torch.manual_seed(0)
+    stack = BentStack(features, blocks, **options).double()
+    move(stack)
+    return stack
+
+
+def layers(composite):
+    return list(composite._transforms)[::2]
+
+
+def all_gradients(transform, inputs, parameters):
+    outputs, logabsdet = transform(inputs)
+    loss = (outputs.sin().sum(-1) + logabsdet * outputs[:, 0]).sum()
+    return torch.autograd.grad(loss, [inputs, *parameters])
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("path", DENSE_UP_TO)
+@pytest.mark.parametrize(("features", "blocks", "rank"), SIZES)
+def test_equal_to_the_single_layers(features, blocks, rank, path, direction, monkeypatch):
+    monkeypatch.setattr(bent_cascade, "DENSE_UP_TO", DENSE_UP_TO[path])
+    stack = moved(features, blocks, rank=rank)
+    composite = stack.to_composite()
+    inputs = torch.randn(6, features, dtype=torch.float64, requires_grad=True)
+    fused, single = getattr(stack, direction), getattr(composite, direction)
+    torch.testing.assert_close(fused(inputs), single(inputs), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(inputs), single(inputs), rtol=1e-10, atol=1e-10)
+    matrices = [layer.matrix for layer in layers(composite)]
+    expected = all_gradients(
+        single,
+        inputs,
+        [
+            *(layer.bias for layer in layers(composite)),
+            *(matrix.u for matrix in matrices),
+            *(matrix.v for matrix in matrices),
+        ],
+    )
+    count = 2 * blocks
+    grouped = [torch.stack(expected[1 + i * count : 1 + (i + 1) * count]) for i in range(3)]
+    found = all_gradients(fused, inputs, [stack.bias, stack.matrix.u, stack.matrix.v])
+    torch.testing.assert_close(found, (expected[0], *grouped), rtol=1e-9, atol=1e-9)
+
+
+def test_the_default_takes_both_paths():
+    for features, is_dense in ((2, True), (bent_cascade.DENSE_UP_TO + 1, False)):
+        stack = BentStack(features, 1)
+        setting = bent_cascade._Setting(stack.matrix.frozen, [], [])
+        assert setting.is_dense == is_dense
+
+
+def test_long_stacks_neither_overflow_nor_lose_the_log_derivatives():
+    torch.manual_seed(0)
+    stack = BentStack(2, 100)
+    inputs = 1e4 * torch.randn(8, 2)
+    with torch.no_grad():
+        stack.bias.normal_()
+        exact = stack.to_composite().double()(inputs.double())
+        found = stack(inputs)
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=1e-4, atol=1e-4)
+
+
+def test_round_trip_through_the_composite_keeps_everything():
+    stack = moved(rank=2, bounds=MergeBounds(update=(-3.0, 3.0)))
+    restored = BentStack.from_composite(stack.to_composite())
+    torch.testing.assert_close(restored.state_dict(), stack.state_dict(), rtol=0, atol=0)
+    assert restored.matrix.bounds == stack.matrix.bounds
+    assert (restored.features, restored.blocks) == (stack.features, stack.blocks)
+    assert {p.requires_grad for p in restored.parameters()} == {True}
+
+
+def test_layers_and_stack_merge_alike():
+    stack = moved()
+    composite = stack.to_composite()
+    state = BentStack.from_composite(composite).state_dict()
+    torch.testing.assert_close(state, stack.state_dict(), rtol=0, atol=0)
+    for _ in range(3):
+        move(stack, merges=1)
+        with torch.no_grad():
+            stack.matrix.unstack_into([layer.matrix for layer in layers(composite)])
+        merged = stack.matrix.merge()
+        assert merged.tolist() == [bool(m.merge()) for m in perturbed_matrices(composite)]
+        assert merged.any()
+        for name in ("u", "v", "seed", "draws"):
+            single = torch.stack([getattr(m, name) for m in perturbed_matrices(composite)])
+            torch.testing.assert_close(getattr(stack.matrix, name), single, rtol=0, atol=0)
+        for name in ("frozen", "inverse_frozen", "sign", "logabsdet_frozen"):
+            single = torch.stack([getattr(m, name) for m in perturbed_matrices(composite)])
+            torch.testing.assert_close(getattr(stack.matrix, name), single)
+
+
+def test_conversions_copy():
+    stack = moved()
+    composite = stack.to_composite()
+    back = BentStack.from_composite(composite)
+    before = {name: value.clone() for name, value in stack.state_dict().items()}
+    move(composite)
+    move(back)
+    torch.testing.assert_close(stack.state_dict(), before, rtol=0, atol=0)
+
+
+def block(**options):
+    return [
+        P4InvTransform(2, **options),
+        BentIdentity(),
+        P4InvTransform(2, **options),
+        InverseTransform(BentIdentity()),
+    ]
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [],
+        block()[:3],
+        block()[:2],
+        block(bias=False),
+        [*block()[:3], BentIdentity()],
+        [*block()[:3], InverseTransform(P4InvTransform(2))],
+        [ReversePermutation(2), *block()[1:]],
+        [*block(), *block(bias=False)],
+    ],
+    ids=lambda transforms: "-".join(type(t).__name__ for t in transforms) or "empty",
+)
+def test_other_composites_are_refused(transforms):
+    with pytest.raises(ValueError, match="composite must consist of blocks"):
+        BentStack.from_composite(CompositeTransform(transforms))
+
+
+def test_layers_that_differ_are_refused():
+    composite = CompositeTransform([*block(), *block(rank=2)])
+    with pytest.raises(ValueError, match="matrices must be one or more of the same layout"):
+        BentStack.from_composite(composite)
+
+
+def test_what_is_no_composite_is_refused():
+    with pytest.raises(TypeError, match="composite must be a CompositeTransform, got BentIdentity"):
+        BentStack.from_composite(BentIdentity())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"features": 0}, ValueError, "features must be a positive int, got 0"),
+        ({"features": "2"}, TypeError, "features must be a positive int, got str"),
+        ({"blocks": 0}, ValueError, "blocks must be a positive int, got 0"),
+        ({"blocks": 1.5}, TypeError, "blocks must be a positive int, got float"),
+        ({"rank": 3}, ValueError, "rank must be between 1 and 2"),
+        ({"bounds": None}, TypeError, "bounds must be MergeBounds, got NoneType"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BentStack(**{"features": 2, "blocks": 1, **arguments})
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_large_batches_are_equal_to_their_rows(direction, monkeypatch):
+    stack = moved(3, 2)
+    inputs = torch.randn(101, 3, dtype=torch.float64)
+    expected = getattr(stack, direction)(inputs.requires_grad_())
+    # Chunks of ten rows, and one row left over.
+    monkeypatch.setattr(bent_cascade, "_CHUNK_ELEMENTS", 30)
+    with torch.no_grad():
+        found = getattr(stack, direction)(inputs)
+    torch.testing.assert_close(found, expected)
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of bytes of the largest storage that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if isinstance(result, torch.Tensor) and name.startswith(("empty", "clone", "new_")):
+            self.total = max(self.total, result.untyped_storage().nbytes())
+        return result
+
+
+def test_memory_without_gradients_does_not_grow_with_the_blocks():
+    inputs = torch.randn(100_000, 2)
+    with LargestTensor() as no_grad, torch.no_grad():
+        BentStack(2, blocks=4)(inputs)
+    with LargestTensor() as trained:
+        BentStack(2, blocks=4)(inputs)
+    assert no_grad.total == inputs.nbytes
+    assert trained.total >= 8 * inputs.nbytes
