@@ -4,13 +4,17 @@ import abc
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int
-from p4flows.draws import standard_normal
+from p4flows.draws import basis_columns, standard_normal
+
+# How v is drawn anew, by name: see `PerturbedMatrix.attempt_merge`.
+Draw = Literal["normal", "basis"]
+_DRAWS = {"normal": standard_normal, "basis": basis_columns}
 
 
 class MergeOutcome(NamedTuple):
@@ -75,7 +79,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
-        v: parameter, same shape, drawn from N(0, I/rank) so that E[v vᵀ] = I at every rank.
+        v: parameter, same shape, drawn so that E[v vᵀ] = I at every rank, from N(0, I/rank) at
+            first.
         frozen: buffer, A.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
@@ -213,11 +218,21 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         return self.attempt_merge(force).merged
 
     @torch.no_grad()
-    def attempt_merge(self, force: bool = False) -> MergeOutcome:
-        """As `merge`, with the reasons: what was merged, what by force, what was reset."""
+    def attempt_merge(self, force: bool = False, draw: Draw = "normal") -> MergeOutcome:
+        """As `merge`, with the reasons.
+
+        Args:
+            force: as in `merge`.
+            draw: how v is drawn anew. "normal": from N(0, I/rank), independent of all draws before
+                (the paper). "basis": the next columns of a random orthogonal basis, of the same
+                length, so that n/rank merges in a row visit every direction equally.
+
+        Returns:
+            What was merged, what of it by force, and what was reset.
+        """
         finite = (self.u.isfinite() & self.v.isfinite()).flatten(-2).all(-1)
         merged, forced = self._merge(finite, force)
-        self._restart(merged | ~finite)
+        self._restart(merged | ~finite, draw)
         return MergeOutcome(merged, forced, ~finite)
 
     @torch.no_grad()
@@ -251,9 +266,9 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.assign(matrix)
         return ()
 
-    def _restart(self, where: Tensor) -> None:
+    def _restart(self, where: Tensor, draw: Draw = "normal") -> None:
         """Set u to zero and redraw v for the matrices in `where`."""
-        fresh = standard_normal(self.seed, self.draws, (self.size, self.rank))
+        fresh = _DRAWS[draw](self.seed, self.draws, (self.size, self.rank))
         fresh = fresh.to(self.v.dtype) / math.sqrt(self.rank)
         column = where[..., None, None]
         self.u.masked_fill_(column, 0.0)
