@@ -100,7 +100,8 @@ def test_defaults():
     layer = P4InvTransform(3)
     _, hook = hooked(layer)
     assert repr(hook) == (
-        "MergeHook(1 matrices, every=100, force_every=10, correct_every=50, restart='v')"
+        "MergeHook(1 matrices, every=100, force_every=10, correct_every=50, restart='v', "
+        "draw='normal')"
     )
 
 
