@@ -90,9 +90,11 @@ def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tens
     """
     n, k = shape
     position = counter.unsqueeze(-1) * k + torch.arange(k, device=counter.device)
-    random = standard_normal(seed.unsqueeze(-1).expand_as(position), position // n, (2, n))
-    signs, a = random[..., 0, :].sign(), random[..., 1, :]
-    frequency = (position % n).unsqueeze(-1)
+    random = standard_normal(seed.unsqueeze(-1).expand_as(position), position // n, (2 * n + 1,))
+    signs, a = random[..., :n].sign(), random[..., n : 2 * n]
+    # A random one comes first: the squares of a single column are not equally large.
+    first = (n * torch.special.ndtr(random[..., -1:])).long()
+    frequency = (position.unsqueeze(-1) + first) % n
     index = torch.arange(n, dtype=torch.float64, device=counter.device)
     angle = math.pi / n * (index + 0.5) * frequency
     columns = signs * torch.cos(angle)

@@ -139,9 +139,9 @@ def test_matrices_of_one_shape_merge_together_as_they_would_alone(monkeypatch):
     attempted = []
     attempt = InvertibleMatrix.attempt_merge
 
-    def counted(matrix, force=False):
+    def counted(matrix, *arguments):
         attempted.append(tuple(matrix.batch_shape))
-        return attempt(matrix, force)
+        return attempt(matrix, *arguments)
 
     monkeypatch.setattr(InvertibleMatrix, "attempt_merge", counted)
     together = mixed()
