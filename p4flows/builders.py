@@ -1,5 +1,6 @@
 """Complete flows of the paper's experiments: transforms and a standard normal base."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
@@ -56,7 +57,7 @@ def realnvp_flow(
     features: int,
     blocks: int,
     *,
-    hidden: tuple[int, ...] = (60, 60),
+    hidden: Sequence[int] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
     rank: int = 1,
     shift_activation: type[nn.Module] = nn.ReLU,

@@ -57,14 +57,14 @@ def test_merges_every_n_steps():
 
 def test_force_every_counts_merges():
     layer = P4InvTransform(3, bounds=NEVER)
-    optimizer, hook = hooked(layer, every=2, force_every=3, correct_every=None)
+    optimizer, hook = hooked(layer, every=3, force_every=3, correct_every=None)
     forced = []
     for step in range(1, 20):
         train(layer, optimizer, 1, seed=step)
         forced.append(hook.stats.forced)
-    assert forced == [step // 6 for step in range(1, 20)]
-    assert (hook.stats.merged, hook.stats.skipped) == (3, 6)
-    assert layer.matrix.draws == 4
+    assert forced == [step // 9 for step in range(1, 20)]
+    assert (hook.stats.merged, hook.stats.skipped) == (2, 4)
+    assert layer.matrix.draws == 3
 
 
 def test_a_merge_inside_its_bounds_is_not_counted_as_forced():

@@ -1,15 +1,14 @@
 """Boltzmann generators of molecules (paper, Section 4.3); needs the extra `molecules`."""
 
-from p4flows.molecules.boltzmann import (
-    effective_sample_size,
-    energy_loss,
-    free_energy_difference,
-    mixed_loss,
-    sample_with_weights,
-)
 from p4flows.molecules.dynamics import LangevinDynamics, simulate
 from p4flows.molecules.energy import OpenMMEnergy
+from p4flows.molecules.losses import energy_loss, mixed_loss
 from p4flows.molecules.mixed import MixedCoordinateTransform
+from p4flows.molecules.reweighting import (
+    effective_sample_size,
+    free_energy_difference,
+    sample_with_weights,
+)
 from p4flows.molecules.states import StateStatistics, phi_psi, state_statistics
 from p4flows.molecules.system import Molecule, alanine_dipeptide
 from p4flows.molecules.z_matrix import ZMatrix, find_z_matrix

@@ -160,6 +160,8 @@ class MixedCoordinateTransform(Transform):
 _BINS = 72  # of 5°
 _CONCENTRATION = 100.0  # a kernel of 6°
 _MIN_SINE = 1e-3
+# In nm or rad: a constraint solver leaves 1e-6 of it, a vibration at 1 K has 1e-4.
+_RIGID = 1e-5
 
 
 def _sparsest(torsions: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def _refuse_collinear(positions: Tensor, rows: Tensor) -> None:
 
 def _refuse_constant(deviation: Tensor, rows: Tensor) -> None:
     """An error when a coordinate does not vary over the data."""
-    constant = (~(deviation > 1e-7)).nonzero()
+    constant = (~(deviation > _RIGID)).nonzero()
     if len(constant):
         row, kind = constant[0].tolist()
         name = ("bond length", "bond angle", "torsion")[kind]

@@ -54,11 +54,12 @@ class WhitenedBlock(nn.Module):
         mean = superposed.mean(0)
         variances, vectors = torch.linalg.eigh(torch.cov(superposed.T))
         deviations = variances[6:].clamp_min(0.0).sqrt().flip(0)
-        if deviations[-1] < 1e-6 * deviations[0]:
+        varying = deviations > _RIGID * reference.norm()
+        if not bool(varying.all()):
             raise ValueError(
                 f"the Cartesian block must vary in {len(deviations)} directions, got "
-                f"{int((deviations >= 1e-6 * deviations[0]).sum())}: constrained bonds cannot be "
-                "whitened, and fewer frames than directions do not span them"
+                f"{int(varying.sum())}: constrained bonds cannot be whitened, and fewer frames "
+                "than directions do not span them"
             )
         # Rigid motions as columns of length √k and √inertia; the last three are the rotations.
         inertia = rigid[:, 3:].T @ rigid[:, 3:]
@@ -103,11 +104,13 @@ class WhitenedBlock(nn.Module):
     def _volume(self, superposed: Tensor) -> Tensor:
         # Of a turn by ω, the part within the rotations of the reference is (tr S − S) ω, where
         # S = Σ rᵢ yᵢᵀ; the rest of it is a change of shape, which leaves the determinant alone.
-        gain = _rotation_gain(self.reference.T @ superposed)
-        return self.constant + torch.linalg.slogdet(gain).logabsdet
+        gain = torch.linalg.det(_rotation_gain(self.reference.T @ superposed))
+        return self.constant + gain.abs().clamp_min(torch.finfo(gain.dtype).tiny).log()
 
 
 _SUPERPOSITIONS = 10
+# A constraint solver leaves 1e-5 of a bond's length, a vibration at 1 K has 1e-3 of it.
+_RIGID = 3e-5
 
 
 def _rigid_motions(positions: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ def _superpose(positions: Tensor, reference: Tensor) -> Tensor:
     """Centre and turn frames onto a reference (Kabsch), proper rotations only.
 
     Gradients do not go through the singular vectors, which have none where singular values meet
-    (a regular tetrahedron): the last, infinitesimal turn that makes S symmetric carries them.
+    (a regular tetrahedron). A turn of zero, which keeps S symmetric to first order, carries them.
     """
     centred = positions - positions.mean(1, keepdim=True)
     with torch.no_grad():
@@ -139,7 +142,8 @@ def _superpose(positions: Tensor, reference: Tensor) -> Tensor:
         rotation = (left @ right).mT
     turned = centred @ rotation
     correlation = reference.T @ turned
-    # S symmetric to first order: (tr S − S) ω = Σ yᵢ × rᵢ.
+    # (tr S − S) ω = Σ yᵢ × rᵢ.
     asymmetry = torch.linalg.cross(turned, reference.expand_as(turned)).sum(1)
-    turn = torch.linalg.lstsq(_rotation_gain(correlation.detach()), asymmetry.unsqueeze(-1))
-    return turned + torch.linalg.cross(turn.solution.mT.expand_as(turned), turned)
+    gain = _rotation_gain(correlation.detach())
+    turn = torch.linalg.lstsq(gain, asymmetry.unsqueeze(-1)).solution.mT
+    return turned + torch.linalg.cross((turn - turn.detach()).expand_as(turned), turned)

@@ -1,6 +1,7 @@
 """Affine coupling layers of RealNVP (paper, Appendix D), as nflows Transforms."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from nflows.transforms.base import Transform
@@ -47,8 +48,8 @@ class AffineCoupling(Transform):
         log_scale_factor: c, shape `(1,)`, −1 at first: scales of at most e^{±0.37}.
 
     Raises:
-        TypeError: when features is not an int.
-        ValueError: when there are fewer than two features.
+        TypeError: when features or a width is not an int.
+        ValueError: when there are fewer than two features, or a width is not positive.
 
     Cost: forward and inverse alike, one pass of both nets.
 
@@ -63,13 +64,17 @@ class AffineCoupling(Transform):
     def __init__(
         self,
         features: int,
-        hidden: tuple[int, ...] = (60, 60),
+        hidden: Sequence[int] = (60, 60),
         shift_activation: type[nn.Module] = nn.ReLU,
         scale_activation: type[nn.Module] = nn.Tanh,
     ) -> None:
         check_positive_int("features", features)
         if features < 2:
             raise ValueError(f"features must be at least 2 to be split, got {features}")
+        if not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of widths, got {type(hidden).__name__}")
+        for index, width in enumerate(hidden):
+            check_positive_int(f"hidden[{index}]", width)
         super().__init__()
         self.features = features
         self.conditioning = (features + 1) // 2

@@ -1,0 +1,81 @@
+"""What one merge costs the stored inverse, by ln|det G|: the table of docs/bounds.md."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from p4flows import InvertibleMatrix
+
+SIZES = (16, 64)
+UPDATES = (-14, -12, -10, -8, -6, -4, -2, 2, 4, 6, 8, 10, 12, 14)
+
+
+def residual(matrix: InvertibleMatrix) -> float:
+    """Largest entry of |A A⁻¹ − I|, evaluated in float64."""
+    product = matrix.frozen.double() @ matrix.inverse_frozen.double()
+    return (product - torch.eye(matrix.size)).abs().max().item()
+
+
+@torch.no_grad()
+def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool] | None:
+    """A merge with ln|det G| = `update` into I + N(0, 1)/√n in float32, and a correction.
+
+    Returns the residual after each and whether LU was needed; None where G is rounded to zero,
+    which is refused even when forced.
+    """
+    torch.manual_seed(seed)
+    matrix = InvertibleMatrix(size, init=torch.eye(size) + torch.randn(size, size) * size**-0.5)
+    matrix.u.normal_()
+    # Scaled in float64, as 1 + vᵀA⁻¹u cancels where G is small.
+    inverse = torch.linalg.inv(matrix.frozen.double())
+    overlap = matrix.v.double().mT @ inverse @ matrix.u.double()
+    target = torch.tensor(float(update), dtype=torch.float64).exp()
+    matrix.u.copy_(matrix.u.double() * (target - 1) / overlap)
+    if not matrix.merge(force=True):
+        return None
+    merged = residual(matrix)
+    rebuilt = bool(matrix.correct())
+    return merged, residual(matrix), rebuilt
+
+
+def row(size: int, update: float, draws: int) -> dict[str, float]:
+    results = [merge_once(size, update, seed) for seed in range(draws)]
+    merged, corrected, rebuilt = zip(*filter(None, results), strict=True)
+    return {
+        "size": size,
+        "update": update,
+        "merged": statistics.median(merged),
+        "corrected": statistics.median(corrected),
+        "rebuilt": sum(rebuilt),
+        "refused": results.count(None),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=15, help="matrices for each entry")
+    parser.add_argument("--json", type=Path, help="file that takes the numbers as well")
+    arguments = parser.parse_args()
+    rows = [row(size, update, arguments.draws) for size in SIZES for update in UPDATES]
+    found = {(entry["size"], entry["update"]): entry for entry in rows}
+
+    columns = ("merged", "corrected", "by LU")
+    heads = (f"{column}, n = {size}" for size in SIZES for column in columns)
+    print("| ln\\|G\\| |", " | ".join(heads), "|")
+    print("|---:|" + "---:|" * (len(columns) * len(SIZES)))
+    for update in UPDATES:
+        entries = (found[size, update] for size in SIZES)
+        cells = (f"{e['merged']:.0e} | {e['corrected']:.0e} | {e['rebuilt']}" for e in entries)
+        print(f"| {update:+d} |", " | ".join(cells), "|")
+    print(f"\nRefused because G is rounded to zero: {sum(entry['refused'] for entry in rows)}.")
+    about = {"torch": torch.__version__, "dtype": "float32", "seeds": f"0–{arguments.draws - 1}"}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
