@@ -103,7 +103,7 @@ def minus_identity(size: int, generator: torch.Generator) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A target and the methods to reach it; the first four are drawn as eigenvalue panels."""
+    """A target and the methods to reach it; of those in `panels` the eigenvalues are drawn."""
 
     title: str
     target: Callable[[int, torch.Generator], Tensor]
@@ -124,7 +124,7 @@ PROBLEMS = {
         size=32,
         quick_size=16,
         seeds=5,
-        steps=20_000,
+        steps=40_000,
         methods=(
             Method("direct"),
             Method("p4inv"),
@@ -327,24 +327,29 @@ def figure(problem: Problem, target: Tensor, results: list[dict[str, Any]]) -> A
     """Losses of all methods; eigenvalues of some, from blue to yellow during training."""
     columns = 1 + len(problem.panels)
     panels, axes = plt.subplots(
-        1, columns, figsize=(4.2 * columns, 4.2), width_ratios=[1.5, *[1] * len(problem.panels)]
+        1,
+        columns,
+        figsize=(4.2 * columns, 5.2),
+        width_ratios=[1.5, *[1] * len(problem.panels)],
+        layout="constrained",
     )
+    axes[0].set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for result in results:
         curves = result["curves"]
         axes[0].plot(curves["steps"], curves["losses"], label=result["record"]["method"])
     axes[0].set(xlabel="step", ylabel="loss", yscale="log", title=f"{problem.title}, {len(target)}")
-    axes[0].legend(fontsize="xx-small")
+    panels.legend(loc="outside lower center", ncols=5, fontsize="small")
     targets = torch.linalg.eigvals(target.double())
     for axis, index in zip(axes[1:], problem.panels, strict=True):
         path = torch.stack(results[index]["curves"]["eigenvalues"])
         color = torch.linspace(0, 1, len(path)).unsqueeze(-1).expand(path.shape)
-        axis.scatter(path.real, path.imag, c=color, s=1, cmap="viridis")
-        axis.scatter(targets.real, targets.imag, marker="s", s=36, fc="none", ec="k", lw=0.7)
+        axis.scatter(targets.real, targets.imag, marker="s", s=30, fc="none", ec="k", lw=0.7)
+        axis.scatter(path.real, path.imag, c=color, s=2, cmap="viridis")
         axis.scatter(path[-1].real, path[-1].imag, marker="x", s=14, c="r", lw=0.8)
-        axis.set(title=problem.methods[index].title, xlabel="Re λ", aspect="equal")
+        axis.set_title(problem.methods[index].title, fontsize="medium")
+        axis.set(xlabel="Re λ", aspect="equal")
         axis.set_adjustable("datalim")
     axes[1].set_ylabel("Im λ")
-    panels.tight_layout()
     return panels
 
 
@@ -456,7 +461,7 @@ def main() -> None:
         target = problem.target(preset.size(problem), torch.Generator().manual_seed(0))
         picture = figure(problem, target, [own[index, 0] for index in range(len(problem.methods))])
         file = output / f"{name}-{arguments.preset}.png"
-        picture.savefig(file, dpi=110)
+        picture.savefig(file, dpi=100)
         print(f"figure: {file}")
     stem = output / f"linear_problems-{arguments.preset}"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
