@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from typing import Any
 import torch
 from contestants import CONTESTANTS, LINEAR, P4INV, entering, missing, training_step
 from report import described, environment, plot, table, write
-from timing import Timing, interleaved
+from timing import CLOCKS, Timing, interleaved
 from torch import Tensor, nn
 
 from p4flows import MergeHook, P4InvTransform
 
 SIZES = [2, 16, 64, 256, 1024, 2048, 4096]
 EVERY, CORRECT_EVERY = 100, 50
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LIMIT = "two bare products"
 # Small layers are dispatch, whatever n: the exponent is read off where the products dominate.
 FIT_FROM = 256

@@ -7,6 +7,7 @@ matrices every 10 steps, as in the paper's Appendix G, is charged to it.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,14 @@ from unittest import mock
 import torch
 from contestants import training_step
 from report import described, environment, fitted_exponent, table, write
-from timing import Timing, interleaved
+from timing import CLOCKS, Timing, interleaved
 
 from p4flows import BentStack, MergeHook
 from p4flows.transforms import bent_cascade
 
 EVERY = 10
+# `interleaved` with the number of rounds and the clock of this run.
+Measure = Callable[..., dict[str, Timing]]
 
 
 def off_identity(features: int, blocks: int) -> BentStack:
@@ -46,7 +49,7 @@ def dense_up_to(size: int) -> Iterator[None]:
         yield
 
 
-def fused_and_unfused(blocks: int, batch: int, rounds: int) -> list[list[str]]:
+def fused_and_unfused(blocks: int, batch: int, measure: Measure) -> list[list[str]]:
     """Rows of a table: the two-dimensional stack as one layer and as single layers."""
     stack = off_identity(2, blocks)
     modules = {"fused": stack, "unfused": stack.to_composite()}
@@ -56,7 +59,7 @@ def fused_and_unfused(blocks: int, batch: int, rounds: int) -> list[list[str]]:
         runs[f"{name}, step"] = training_step(module, x, module.forward)
         runs[f"{name}, step, inverse"] = training_step(module, x, module.inverse)
         runs[f"{name}, merge"] = merging(module)
-    timings = interleaved(runs, rounds=rounds, title="fused against unfused")
+    timings = measure(runs, title="fused against unfused")
     rows = []
     for step in ("step", "step, inverse"):
         total = {
@@ -70,17 +73,19 @@ def fused_and_unfused(blocks: int, batch: int, rounds: int) -> list[list[str]]:
     return rows
 
 
-def steps(stacks: dict[int, tuple[BentStack, int]], rounds: int, title: str) -> dict[int, Timing]:
+def steps(
+    stacks: dict[int, tuple[BentStack, int]], measure: Measure, title: str
+) -> dict[int, Timing]:
     """Training steps of several (stack, batch) side by side."""
     runs = {
         str(key): training_step(stack, torch.randn(batch, stack.features), stack.forward)
         for key, (stack, batch) in stacks.items()
     }
-    timings = interleaved(runs, rounds=rounds, title=title)
+    timings = measure(runs, title=title)
     return {key: timings[str(key)] for key in stacks}
 
 
-def crossover(sizes: list[int], batch: int, rounds: int) -> list[list[str]]:
+def crossover(sizes: list[int], batch: int, measure: Measure) -> list[list[str]]:
     """Rows of a table: a step through a dense Ã and through two thin products, by n."""
     rows = []
     for size in sizes:
@@ -95,7 +100,7 @@ def crossover(sizes: list[int], batch: int, rounds: int) -> list[list[str]]:
             with dense_up_to(0):
                 step()
 
-        row = interleaved({"dense": dense, "thin": thin}, rounds=rounds, title=f"n = {size}")
+        row = measure({"dense": dense, "thin": thin}, title=f"n = {size}")
         d, t = row["dense"].median, row["thin"].median
         rows.append([str(size), f"{d * 1e3:.2f} ms", f"{t * 1e3:.2f} ms", f"{d / t:.2f}"])
     return rows
@@ -118,6 +123,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[10, 100, 200, 1000, 10_000])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1, help="at n = 2 more do not help")
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="cpu on a busy machine, one thread"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/benchmarks"))
     return parser.parse_args()
 
@@ -127,11 +135,13 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rounds, most = arguments.rounds, min(100, max(arguments.blocks))
-    comparison = fused_and_unfused(most, 200, rounds)
-    by_blocks = steps({b: (off_identity(2, b), 200) for b in arguments.blocks}, rounds, "blocks")
-    by_batch = steps({n: (off_identity(2, most), n) for n in arguments.batches}, rounds, "batch")
-    by_size = crossover(arguments.sizes, 200, rounds)
+    clock = CLOCKS[arguments.clock]
+    measure = functools.partial(interleaved, rounds=arguments.rounds, clock=clock)
+    most = min(100, max(arguments.blocks))
+    comparison = fused_and_unfused(most, 200, measure)
+    by_blocks = steps({b: (off_identity(2, b), 200) for b in arguments.blocks}, measure, "blocks")
+    by_batch = steps({n: (off_identity(2, most), n) for n in arguments.batches}, measure, "batch")
+    by_size = crossover(arguments.sizes, 200, measure)
     where = environment()
     parts = [
         described(where),

@@ -2,6 +2,7 @@
 
     python examples/alanine_dipeptide.py --preset quick
     python examples/alanine_dipeptide.py --preset paper
+    python examples/alanine_dipeptide.py --preset decay
 
 Simulates the molecule, trains RealNVP flows with swaps and with P4Inv swaps, first by likelihood,
 then by likelihood and energy, and writes a figure, a table, the numbers and sampled structures as a
@@ -53,15 +54,20 @@ LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Amount of data and length of training; Appendix H in `paper`."""
+    """Amount of data and length of training; Appendix H in `paper`, annealed in `decay`."""
 
     replicas: int
     frames: int
     steps: int
     mixed_steps: int
+    decay: bool = False
 
 
-PRESETS = {"quick": Preset(4, 10_000, 3_000, 200), "paper": Preset(10, 50_000, 40_000, 2_000)}
+PRESETS = {
+    "quick": Preset(4, 10_000, 3_000, 200),
+    "paper": Preset(10, 50_000, 40_000, 2_000),
+    "decay": Preset(10, 50_000, 40_000, 2_000, decay=True),
+}
 MODELS = {"rnvp": "RNVP", "p4inv": "P4Inv"}
 
 
@@ -123,15 +129,19 @@ def train(
         ("mixed", preset.mixed_steps, 1e-5, {"loss": mixed_loss(problem.coordinates, capped)}),
     )
     for stage, steps, learning_rate, options in stages:
-        optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+        optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
         hook = None
         if model == "p4inv":
             hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
+        scheduler = None
+        if preset.decay and stage == "likelihood":
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         result = fit(
             flow,
             problem.batch,
             steps=steps,
             optimizer=optimizer,
+            scheduler=scheduler,
             hook=hook,
             generator=torch.Generator().manual_seed(seed),
             checkpoint=stem.with_name(f"{stem.name}-{stage}.pt"),

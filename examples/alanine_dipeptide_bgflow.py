@@ -180,6 +180,9 @@ def train(
         hook = None
         if model == "p4inv":
             hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
+        schedulers = []
+        if preset.decay and stage == "likelihood":
+            schedulers = [(1, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))]
         trainer = KLTrainer(generator, optim=optimizer, train_energy=energy_weight > 0.0)
         begin = time.perf_counter()
         trainer.train(
@@ -188,6 +191,7 @@ def train(
             batchsize=BATCH,
             w_likelihood=1.0,
             w_energy=energy_weight,
+            schedulers=schedulers,
             progress_bar=tqdm,
         )
         record[stage] = {

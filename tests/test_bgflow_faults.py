@@ -6,8 +6,15 @@ from pathlib import Path
 import pytest
 from needs_bgflow import needs_bgflow
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import bgflow_faults
 from bgflow_faults import CASES, Bgflow, P4flows
+
+
+@pytest.fixture(autouse=True)
+def keep_module(monkeypatch):
+    """Spawned processes look the module up by name; tests/test_benchmarks.py forgets it."""
+    monkeypatch.setitem(sys.modules, "bgflow_faults", bgflow_faults)
 
 
 @pytest.mark.parametrize("name", CASES)

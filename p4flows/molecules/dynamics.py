@@ -36,6 +36,11 @@ class LangevinDynamics:
     Raises:
         TypeError: when a count is not an int.
         ValueError: when a value is out of range.
+
+    Example:
+        >>> from p4flows.molecules import alanine_dipeptide
+        >>> LangevinDynamics(temperature=300.0).folder(alanine_dipeptide())[:-8]
+        'alanine_dipeptide-obc2-300K-100fs-seed0-'
     """
 
     temperature: float = 600.0

@@ -20,6 +20,12 @@ def energy_loss(flow: Flow, coordinates: Transform, energy: Energy, samples: int
 
     Returns:
         A differentiable scalar.
+
+    Example:
+        >>> from p4flows import P4InvTransform, realnvp_flow
+        >>> coordinates = P4InvTransform(4)
+        >>> energy_loss(realnvp_flow(4, 1), coordinates, lambda x: x.square().sum(-1), 10).shape
+        torch.Size([])
     """
     noise = flow._distribution.sample(samples)
     features, flow_volume = flow._transform.inverse(noise)

@@ -23,6 +23,14 @@ def sample_with_weights(
     Returns:
         Positions of shape `(samples, 3·atoms)`, reduced energies u and log-weights
         −u + ln R_zx − ln p_z up to a constant, both of shape `(samples,)`.
+
+    Example:
+        >>> from p4flows import P4InvTransform, realnvp_flow
+        >>> positions, energies, log_weights = sample_with_weights(
+        ...     realnvp_flow(4, 1), P4InvTransform(4), lambda x: x.square().sum(-1), 10
+        ... )
+        >>> positions.shape, log_weights.shape
+        (torch.Size([10, 4]), torch.Size([10]))
     """
     features, log_density = flow.sample_and_log_prob(samples)
     positions, volume = coordinates.inverse(features)

@@ -71,6 +71,12 @@ def phi_psi(trajectory: mdtraj.Trajectory) -> np.ndarray:
 
     Raises:
         ValueError: when no residue has both torsions.
+
+    Example:
+        >>> from p4flows.molecules import alanine_dipeptide
+        >>> molecule = alanine_dipeptide()
+        >>> phi_psi(molecule.trajectory(molecule.positions)).shape
+        (1, 2)
     """
     phi, psi = (compute(trajectory)[1] for compute in (mdtraj.compute_phi, mdtraj.compute_psi))
     if phi.shape[1] == 0 or psi.shape[1] == 0:
