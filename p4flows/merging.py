@@ -124,7 +124,7 @@ class MergeHook:
         if restart not in ("v", "both", "carry"):
             raise ValueError(f"restart must be 'v', 'both' or 'carry', got {restart!r}")
         if draw not in get_args(Draw):
-            raise ValueError(f"draw must be one of {get_args(Draw)}, got {draw!r}")
+            raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
         self.every = every
         self.force_every = force_every
         self.correct_every = correct_every
