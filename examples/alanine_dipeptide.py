@@ -54,7 +54,7 @@ LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Amount of data and length of training; Appendix H in `paper`, annealed in `decay`."""
+    """Amount of data and length of training; Appendix H in `paper`."""
 
     replicas: int
     frames: int
@@ -64,7 +64,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(4, 10_000, 3_000, 200),
+    "quick": Preset(4, 25_000, 3_000, 200, decay=True),
     "paper": Preset(10, 50_000, 40_000, 2_000),
     "decay": Preset(10, 50_000, 40_000, 2_000, decay=True),
 }
@@ -149,6 +149,8 @@ def train(
             progress=progress,
             **options,
         )
+        if hook is not None:
+            hook.remove()
         record[stage] = {
             "steps": steps,
             "learning_rate": learning_rate,
