@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import linear_problems as example
-from linear_problems import PRESETS, PROBLEMS, Method
+from linear_setups import PRESETS, PROBLEMS, Method
 
 # The positive definite problem in its full size, to a loss that direct training reaches in 1,600
 # steps; the others are small.
