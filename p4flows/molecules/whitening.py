@@ -54,7 +54,7 @@ class WhitenedBlock(nn.Module):
         mean = superposed.mean(0)
         variances, vectors = torch.linalg.eigh(torch.cov(superposed.T))
         deviations = variances[6:].clamp_min(0.0).sqrt().flip(0)
-        varying = deviations > _RIGID * reference.norm()
+        varying = deviations > _RIGID
         if not bool(varying.all()):
             raise ValueError(
                 f"the Cartesian block must vary in {len(deviations)} directions, got "
@@ -109,8 +109,8 @@ class WhitenedBlock(nn.Module):
 
 
 _SUPERPOSITIONS = 10
-# A constraint solver leaves 1e-5 of a bond's length, a vibration at 1 K has 1e-3 of it.
-_RIGID = 3e-5
+# In nm: a constraint solver leaves 1e-6 of it, a vibration at 1 K has 1e-4.
+_RIGID = 1e-5
 
 
 def _rigid_motions(positions: Tensor) -> Tensor:

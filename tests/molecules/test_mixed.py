@@ -9,6 +9,8 @@ import torch
 from molecules.turning import move, rotation
 
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
+system = pytest.importorskip("p4flows.molecules.system", reason="needs the extra `molecules`")
+app = pytest.importorskip("openmm.app", reason="needs the extra `molecules`")
 mdtraj = pytest.importorskip("mdtraj", reason="needs the extra `molecules`")
 
 BLOCKS = {"around Cα": None, "backbone": [4, 6, 8, 14, 16], "three": [6, 8, 14]}
@@ -136,6 +138,22 @@ def test_copies_and_state_dicts_carry_everything(transform, frames, molecule):
     other.load_state_dict(transform.state_dict())
     for found in (twin, other):
         torch.testing.assert_close(found(frames), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "atoms"), [("benzene-toluene-implicit/receptor", 12), ("cb7-b2/receptor", 126)]
+)
+def test_molecules_with_rings(name, atoms):
+    stem = str(system._openmmtools_data() / name)
+    topology = app.AmberPrmtopFile(f"{stem}.prmtop").topology
+    positions = app.AmberInpcrdFile(f"{stem}.inpcrd").getPositions(asNumpy=True)._value
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(50, 3 * atoms, dtype=torch.float64, generator=generator)
+    frames = torch.from_numpy(positions.ravel()) + 0.003 * noise
+    transform = molecules.MixedCoordinateTransform(frames, topology)
+    features, _ = transform(frames)
+    assert features.shape == (50, 3 * atoms - 6)
+    torch.testing.assert_close(distances(transform.inverse(features)[0]), distances(frames))
 
 
 @pytest.mark.parametrize(
