@@ -1,10 +1,11 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
 from p4flows.builders import bent_stacked_flow, realnvp_flow
-from p4flows.matrices import InvertibleMatrix, MergeBounds, PerturbedMatrix
+from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
+from p4flows.parametrize import invertible, orthogonal
 from p4flows.training import fit
-from p4flows.transforms import BentIdentity, BentStack, P4InvTransform
+from p4flows.transforms import BentIdentity, BentStack, P4InvTransform, P4OrthogonalTransform
 
 __version__ = "0.1.0"
 
@@ -14,9 +15,13 @@ __all__ = [
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
+    "OrthogonalMatrix",
     "P4InvTransform",
+    "P4OrthogonalTransform",
     "PerturbedMatrix",
     "bent_stacked_flow",
     "fit",
+    "invertible",
+    "orthogonal",
     "realnvp_flow",
 ]

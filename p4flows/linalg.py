@@ -137,3 +137,45 @@ def refine_inverse(inverse: Tensor, error: Tensor, order: int = 3) -> Tensor:
         tail.diagonal(dim1=-2, dim2=-1).add_(1.0)
         return inverse + inverse @ ((error + squared) @ tail)
     raise ValueError(f"order must be 2, 3 or 7, got {order}")
+
+
+def compact_wy(w: Tensor) -> Tensor:
+    """The triangular factor T of a product of Householder reflections, H(w₁)···H(w_m) = I − W T Wᵀ.
+
+    With H(a) = I − 2 a aᵀ/aᵀa, T⁻¹ is the upper triangle of WᵀW with half of its diagonal (Joffrain
+    et al., "Accumulating Householder transformations, revisited", 2006).
+
+    Args:
+        w: W, one reflection a column, shape `(*batch, n, m)`.
+
+    Returns:
+        T of shape `(*batch, m, m)`, upper triangular; not finite where a column is zero. Cost
+        O(nm²).
+
+    Example:
+        >>> w = torch.tensor([[1.0], [1.0]])
+        >>> torch.eye(2) - w @ compact_wy(w) @ w.mT
+        tensor([[ 0., -1.],
+                [-1.,  0.]])
+    """
+    gram = w.mT @ w
+    halved = gram.triu() - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
+    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    return torch.linalg.solve_triangular(halved, identity, upper=True)
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """One step towards the nearest orthogonal matrix (the polar factor), X + X·(I − XᵀX)/2.
+
+    Args:
+        matrix: X, shape `(*batch, n, n)`.
+
+    Returns:
+        Tensor of the same shape; a small error I − XᵀX becomes ¾ of its square. Cost O(n³).
+
+    Example:
+        >>> x = newton_schulz(1.01 * torch.eye(2, dtype=torch.float64))
+        >>> bool((x.mT @ x - torch.eye(2)).abs().max() < 4e-4)
+        True
+    """
+    return matrix + matrix @ residual(matrix.mT, matrix) / 2

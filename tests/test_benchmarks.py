@@ -63,6 +63,16 @@ def test_stack(run, script, monkeypatch):
     assert "Fitted exponent" in (output / "stack.md").read_text()
 
 
+def test_orthogonal(run, script, monkeypatch):
+    monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-9)
+    output = run("orthogonal", "--sizes", "8", "9", "--rounds", "1")
+    records = json.loads((output / "orthogonal.json").read_text())["records"]
+    ours = [r for r in records if r["layer"] == "P4OrthogonalTransform"]
+    assert [r["size"] for r in ours] == [8, 9]
+    assert all(r["merge"] > 0 and r["correct"] > 0 for r in ours)
+    assert "| torch orthogonal, cayley |" in (output / "orthogonal.md").read_text()
+
+
 def test_every_contestant_maps_back(script):
     contestants = script("contestants")
     x = torch.randn(5, 4)

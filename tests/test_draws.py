@@ -1,11 +1,11 @@
-"""Counter-based normal draws: their distribution, independence and reproducibility."""
+"""Counter-based draws: their distribution, independence and reproducibility."""
 
 import math
 
 import pytest
 import torch
 
-from p4flows.draws import standard_normal
+from p4flows.draws import basis_columns, standard_normal
 
 COUNT = 100_000
 
@@ -82,3 +82,32 @@ def test_the_numbers_stay_what_they_are():
     # Checkpoints continue with the same v only as long as these do not change.
     expected = [1.2970753358689007, 2.228670431168719, -1.1935940500153621, -0.8881570112882115]
     torch.testing.assert_close(draw(2024, 7, (4,)).tolist(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (2, 1), (3, 2), (5, 5), (32, 8), (33, 8)])
+def test_columns_of_n_draws_are_k_orthogonal_bases(n, k):
+    counters = torch.arange(n)
+    draws = basis_columns(torch.full_like(counters, 3), counters, (n, k))
+    columns = draws.mT.reshape(k, n, n)  # n draws of k columns are k bases of n
+    gram = columns @ columns.mT
+    torch.testing.assert_close(gram, n * torch.eye(n, dtype=torch.float64).expand(k, n, n))
+
+
+def test_basis_columns_of_a_batch_are_those_of_its_members():
+    seeds, counters = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[0, 5], [7, 7]])
+    batch = basis_columns(seeds, counters, (6, 4))
+    assert batch.shape == (2, 2, 6, 4)
+    for index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        torch.testing.assert_close(
+            batch[index], basis_columns(seeds[index], counters[index], (6, 4)), rtol=0, atol=1e-14
+        )
+    assert (batch[1, 0] - batch[1, 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_basis_columns_have_no_preferred_direction(n):
+    seeds = torch.arange(50_000)
+    v = basis_columns(seeds, torch.full_like(seeds, 2), (n, 1)).squeeze(-1)
+    mean, second = v.mean(0), v.mT @ v / len(v)
+    assert mean.abs().max() < 4.5 / math.sqrt(len(v))
+    assert (second - torch.eye(n)).abs().max() < 4.5 * math.sqrt(2 / len(v))

@@ -100,7 +100,8 @@ def test_defaults():
     layer = P4InvTransform(3)
     _, hook = hooked(layer)
     assert repr(hook) == (
-        "MergeHook(1 matrices, every=100, force_every=10, correct_every=50, restart='v')"
+        "MergeHook(1 matrices, every=100, force_every=10, correct_every=50, restart='v', "
+        "draw='normal')"
     )
 
 
@@ -138,9 +139,9 @@ def test_matrices_of_one_shape_merge_together_as_they_would_alone(monkeypatch):
     attempted = []
     attempt = InvertibleMatrix.attempt_merge
 
-    def counted(matrix, force=False):
+    def counted(matrix, *arguments):
         attempted.append(tuple(matrix.batch_shape))
-        return attempt(matrix, force)
+        return attempt(matrix, *arguments)
 
     monkeypatch.setattr(InvertibleMatrix, "attempt_merge", counted)
     together = mixed()
@@ -221,6 +222,30 @@ def test_training_on_the_penalty_leads_back_inside():
         penalties.append(penalty.item())
     assert penalties[0] == pytest.approx(1.0)
     assert penalties[-1] < 1e-4
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_draws_from_a_basis_visit_all_directions_in_turn(rank):
+    size = 6
+    stacked, alone = (
+        nn.ModuleList([P4InvTransform(size, rank=rank) for _ in range(count)]) for count in (2, 1)
+    )
+    for layers in (stacked, alone):
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
+        hook = MergeHook(layers, optimizer, every=1, draw="basis")
+        drawn = []
+        # The constructor has drawn once; from here to the end of the next basis and through it.
+        for _ in range(2 * size // rank - 1):
+            loss = sum(layer(torch.ones(1, size))[0].square().sum() for layer in layers)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            drawn.append(torch.stack([layer.matrix.v.detach() for layer in layers]))
+        assert hook.stats.skipped == 0
+        basis = torch.cat(drawn[-size // rank :], dim=-1)
+        torch.testing.assert_close(
+            basis @ basis.mT, size / rank * torch.eye(size).expand(len(layers), -1, -1)
+        )
 
 
 def test_the_counts_continue_from_a_state_dict():
@@ -384,6 +409,11 @@ def test_an_optimizer_that_lacks_parameters_is_told_which():
         ({"correct_every": 0}, ValueError, "correct_every must be a positive int, got 0"),
         ({"correct_every": True}, TypeError, "correct_every must be a positive int, got bool"),
         ({"restart": "u"}, ValueError, "restart must be 'v', 'both' or 'carry', got 'u'"),
+        (
+            {"draw": "gradient"},
+            ValueError,
+            "draw must be 'normal' or 'basis', got 'gradient'",
+        ),
         ({"restart": None}, ValueError, "restart must be 'v', 'both' or 'carry', got None"),
     ],
 )

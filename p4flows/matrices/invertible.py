@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p4flows.arguments import check_positive_int
 from p4flows.linalg import capacitance, inverse_small, refine_inverse, residual, slogdet_small
 from p4flows.matrices.invertible_autograd import Multiply, Solve, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix
@@ -88,30 +87,6 @@ class MergeBounds:
         return outside[0].square() + outside[1].square()
 
 
-def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
-    """The matrix that `init` describes, of shape (*batch_shape, size, size)."""
-    if isinstance(init, str):
-        identity = torch.eye(size)
-        named = {"identity": identity, "reverse": identity.flip(0)}
-        if init not in named:
-            raise ValueError(f"init must be one of {sorted(named)} or a tensor, got {init!r}")
-        matrix = named[init]
-    elif isinstance(init, Tensor):
-        matrix = init.detach()
-        if matrix.is_complex():
-            raise TypeError(f"init must be real, got {matrix.dtype}")
-        if not matrix.is_floating_point():
-            matrix = matrix.to(torch.get_default_dtype())
-    else:
-        raise TypeError(f"init must be a name or a tensor, got {type(init).__name__}")
-    shape = (*batch_shape, size, size)
-    if matrix.shape not in {shape, (size, size)}:
-        raise ValueError(f"init must have shape {shape}, got {tuple(matrix.shape)}")
-    if not matrix.isfinite().all():
-        raise ValueError("init must be finite, got NaN or infinite entries")
-    return matrix.expand(shape).clone(memory_format=torch.contiguous_format)
-
-
 class InvertibleMatrix(PerturbedMatrix):
     """Invertible matrices with rank-k perturbations Ã = A + u vᵀ (P4Inv, Sections 2.2–2.4).
 
@@ -165,32 +140,30 @@ class InvertibleMatrix(PerturbedMatrix):
         init: str | Tensor = "identity",
         bounds: MergeBounds = MergeBounds(),
     ) -> None:
-        check_positive_int("size", size)
         if not isinstance(bounds, MergeBounds):
             raise TypeError(f"bounds must be MergeBounds, got {type(bounds).__name__}")
-        if not isinstance(batch_shape, tuple):
-            raise TypeError(f"batch_shape must be a tuple, got {type(batch_shape).__name__}")
-        for extent in batch_shape:
-            check_positive_int("each of batch_shape", extent)
-        super().__init__(_initial_matrix(size, batch_shape, init), rank)
+        super().__init__(size, batch_shape, rank, init)
         self.bounds = bounds
-        wide = self.frozen.double()
+
+    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+        """A with its inverse and log-determinant, computed once in float64."""
+        wide = matrix.double()
         inverse = torch.linalg.inv_ex(wide).inverse
         sign, logabsdet = torch.linalg.slogdet(wide)
         condition = torch.linalg.matrix_norm(wide, 1) * torch.linalg.matrix_norm(inverse, 1)
         # Written so that NaN, the condition number of an exactly singular matrix, is refused too.
-        if not bool((condition < 1.0 / torch.finfo(self.frozen.dtype).eps).all()):
+        if not bool((condition < 1.0 / torch.finfo(matrix.dtype).eps).all()):
             raise ValueError(
                 f"init must be invertible, got a matrix that is singular to working precision "
-                f"(condition number {condition.max().item():.1e} in {self.frozen.dtype})"
+                f"(condition number {condition.max().item():.1e} in {matrix.dtype})"
             )
-        for name, value in (
-            ("inverse_frozen", inverse),
-            ("sign", sign),
-            ("logabsdet_frozen", logabsdet),
-            ("logabsdet_carry", torch.zeros_like(logabsdet)),
-        ):
-            self.register_buffer(name, value.to(self.frozen.dtype))
+        derived = {
+            "inverse_frozen": inverse,
+            "sign": sign,
+            "logabsdet_frozen": logabsdet,
+            "logabsdet_carry": torch.zeros_like(logabsdet),
+        }
+        return {"frozen": matrix} | {name: x.to(matrix.dtype) for name, x in derived.items()}
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Ã x + bias for rows x (Appendix B): no n × n matrix is formed or differentiated.

@@ -4,12 +4,17 @@ import abc
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from p4flows.draws import standard_normal
+from p4flows.arguments import check_positive_int
+from p4flows.draws import basis_columns, standard_normal
+
+# How v is drawn anew, by name: see `PerturbedMatrix.attempt_merge`.
+Draw = Literal["normal", "basis"]
+_DRAWS = {"normal": standard_normal, "basis": basis_columns}
 
 
 class MergeOutcome(NamedTuple):
@@ -26,6 +31,30 @@ class MergeOutcome(NamedTuple):
     reset: Tensor
 
 
+def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
+    """The matrix that `init` describes, of shape (*batch_shape, size, size)."""
+    if isinstance(init, str):
+        identity = torch.eye(size)
+        named = {"identity": identity, "reverse": identity.flip(0)}
+        if init not in named:
+            raise ValueError(f"init must be one of {sorted(named)} or a tensor, got {init!r}")
+        matrix = named[init]
+    elif isinstance(init, Tensor):
+        matrix = init.detach()
+        if matrix.is_complex():
+            raise TypeError(f"init must be real, got {matrix.dtype}")
+        if not matrix.is_floating_point():
+            matrix = matrix.to(torch.get_default_dtype())
+    else:
+        raise TypeError(f"init must be a name or a tensor, got {type(init).__name__}")
+    shape = (*batch_shape, size, size)
+    if matrix.shape not in {shape, (size, size)}:
+        raise ValueError(f"init must have shape {shape}, got {tuple(matrix.shape)}")
+    if not matrix.isfinite().all():
+        raise ValueError("init must be finite, got NaN or infinite entries")
+    return matrix.expand(shape).clone(memory_format=torch.contiguous_format)
+
+
 class PerturbedMatrix(nn.Module, abc.ABC):
     """A frozen matrix A in a feasible set S, read through a trainable perturbation R_B.
 
@@ -35,22 +64,31 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
 
     A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
-    `correct`, `penalty` and `_merge`.
+    `correct`, `penalty`, `_state_of` and `_merge`.
+
+    It is a parametrization in the sense of `torch.nn.utils.parametrize` as well: called, it returns
+    Ã, and `right_inverse` takes a matrix over. It brings its own parameters, so that the weight it
+    stands for leaves none of size n² behind.
 
     Args:
-        frozen: the initial A, shape `(*batch_shape, size, size)`; it gives dtype and device.
+        size: n.
+        batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v, 1 ≤ k ≤ size.
+        init: the initial A: "identity", "reverse" (A_ij = δ_i(n−j)) or a tensor of shape `(n, n)`
+            or `(*batch_shape, n, n)`, which then gives dtype and device.
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
-        v: parameter, same shape, drawn from N(0, I/rank) so that E[v vᵀ] = I at every rank.
+        v: parameter, same shape, drawn so that E[v vᵀ] = I at every rank, from N(0, I/rank) at
+            first.
         frozen: buffer, A.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
 
     Raises:
-        TypeError: when the rank is not an int.
-        ValueError: when the rank is outside 1 … size.
+        TypeError: when an argument has the wrong type.
+        ValueError: when the size or rank is out of range, or init is of another shape, not finite
+            or outside of S.
     """
 
     _version = 1
@@ -59,17 +97,24 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     seed: Tensor
     draws: Tensor
 
-    def __init__(self, frozen: Tensor, rank: int) -> None:
+    def __init__(
+        self, size: int, batch_shape: tuple[int, ...], rank: int, init: str | Tensor
+    ) -> None:
         super().__init__()
-        size = frozen.shape[-1]
+        check_positive_int("size", size)
+        if not isinstance(batch_shape, tuple):
+            raise TypeError(f"batch_shape must be a tuple, got {type(batch_shape).__name__}")
+        for extent in batch_shape:
+            check_positive_int("each of batch_shape", extent)
         if not isinstance(rank, int) or isinstance(rank, bool):
             raise TypeError(f"rank must be an int, got {type(rank).__name__}")
         if not 1 <= rank <= size:
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
-        batch_shape = frozen.shape[:-2]
+        frozen = _initial_matrix(size, batch_shape, init)
+        for name, value in self._state_of(frozen).items():
+            self.register_buffer(name, value)
         self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
         self.v = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
-        self.register_buffer("frozen", frozen)
         seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
         self.register_buffer("seed", seed.to(frozen.device))
         self.register_buffer("draws", torch.zeros_like(self.seed))
@@ -123,6 +168,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
 
     @abc.abstractmethod
+    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The buffers that store a given A, "frozen" among them; ValueError when A is not in S."""
+
+    @abc.abstractmethod
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """Carry the perturbation of the candidates into the frozen state; (merged, forced)."""
 
@@ -169,11 +218,21 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         return self.attempt_merge(force).merged
 
     @torch.no_grad()
-    def attempt_merge(self, force: bool = False) -> MergeOutcome:
-        """As `merge`, with the reasons: what was merged, what by force, what was reset."""
+    def attempt_merge(self, force: bool = False, draw: Draw = "normal") -> MergeOutcome:
+        """As `merge`, with the reasons.
+
+        Args:
+            force: as in `merge`.
+            draw: how v is drawn anew. "normal": from N(0, I/rank), independent of all draws before
+                (the paper). "basis": the next columns of a random orthogonal basis, of the same
+                length, so that n/rank merges in a row visit every direction equally.
+
+        Returns:
+            What was merged, what of it by force, and what was reset.
+        """
         finite = (self.u.isfinite() & self.v.isfinite()).flatten(-2).all(-1)
         merged, forced = self._merge(finite, force)
-        self._restart(merged | ~finite)
+        self._restart(merged | ~finite, draw)
         return MergeOutcome(merged, forced, ~finite)
 
     @torch.no_grad()
@@ -181,9 +240,35 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
         self._restart(torch.ones_like(self.draws, dtype=torch.bool))
 
-    def _restart(self, where: Tensor) -> None:
+    @torch.no_grad()
+    def assign(self, init: str | Tensor) -> None:
+        """Take another matrix over: A ← init, B ← B₀.
+
+        Args:
+            init: as in the constructor; dtype and device stay.
+
+        Raises:
+            TypeError: when init is neither a name nor a tensor.
+            ValueError: when it is of another shape, not finite or outside of S. Nothing has changed
+                then.
+        """
+        matrix = _initial_matrix(self.size, self.batch_shape, init).to(self.frozen)
+        for name, value in self._state_of(matrix).items():
+            getattr(self, name).copy_(value)
+        self.reset()
+
+    def forward(self) -> Tensor:
+        """Ã, for `torch.nn.utils.parametrize`."""
+        return self.dense()
+
+    def right_inverse(self, matrix: Tensor) -> tuple[()]:
+        """As `assign`, for `torch.nn.utils.parametrize`; the originals it asks for are none."""
+        self.assign(matrix)
+        return ()
+
+    def _restart(self, where: Tensor, draw: Draw = "normal") -> None:
         """Set u to zero and redraw v for the matrices in `where`."""
-        fresh = standard_normal(self.seed, self.draws, (self.size, self.rank))
+        fresh = _DRAWS[draw](self.seed, self.draws, (self.size, self.rank))
         fresh = fresh.to(self.v.dtype) / math.sqrt(self.rank)
         column = where[..., None, None]
         self.u.masked_fill_(column, 0.0)

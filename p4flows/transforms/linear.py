@@ -8,7 +8,7 @@ from nflows.transforms.linear import Linear, LinearCache
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
-from p4flows.matrices import InvertibleMatrix, MergeBounds, PerturbedMatrix
+from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 
 
 class _Cache(LinearCache):
@@ -211,3 +211,52 @@ class P4InvTransform(PerturbedLinear):
             self.bias.copy_(bias)
         elif bool((bias != 0).any()):
             raise ValueError("bias=False cannot take over the non-zero bias of init")
+
+
+class P4OrthogonalTransform(PerturbedLinear):
+    """Linear layer with an orthogonal matrix, trained by pairs of Householder reflections.
+
+    A is frozen, u and v (2·n·rank numbers) and the bias are trained; a `MergeHook` on the optimizer
+    carries them into A (Section 2.1). Training reaches the component of O(n) that `init` lies in.
+
+    Args:
+        features: n.
+        rank: number k of pairs of reflections.
+        init: "identity", "reverse" (A_ij = δ_i(n−j)) or an orthogonal tensor of shape `(n, n)`,
+            which then gives dtype and device.
+        bias: whether to add a trainable b.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+
+    Attributes:
+        matrix: the `OrthogonalMatrix`.
+        bias: parameter of shape `(features,)`, or None.
+
+    Raises:
+        TypeError: when an argument has the wrong type.
+        ValueError: when features or rank are out of range, or init is of another shape, not finite
+            or not orthogonal.
+
+    Cost: forward and inverse O(D²N), logabsdet O(1), merge O(D²).
+
+    Example:
+        >>> layer = P4OrthogonalTransform(3)
+        >>> x = torch.randn(5, 3)
+        >>> outputs, logabsdet = layer(x)
+        >>> torch.allclose(layer.inverse(outputs)[0], x, atol=1e-6), logabsdet.tolist()
+        (True, [0.0, 0.0, 0.0, 0.0, 0.0])
+    """
+
+    matrix: OrthogonalMatrix
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        rank: int = 1,
+        init: str | Tensor = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+    ) -> None:
+        check_positive_int("features", features)
+        matrix = OrthogonalMatrix(features, rank=rank, init=init)
+        super().__init__(matrix, bias=bias, using_cache=using_cache)

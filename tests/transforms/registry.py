@@ -11,7 +11,13 @@ from nflows.transforms.base import Transform
 from torch import nn
 
 from p4flows.matrices import PerturbedMatrix
-from p4flows.transforms import AffineCoupling, BentIdentity, BentStack, P4InvTransform
+from p4flows.transforms import (
+    AffineCoupling,
+    BentIdentity,
+    BentStack,
+    P4InvTransform,
+    P4OrthogonalTransform,
+)
 from p4flows.transforms.bent_cascade import DENSE_UP_TO
 
 Constructor = Callable[[], Transform]
@@ -33,6 +39,11 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "P4InvTransform-rank2": lambda: P4InvTransform(4, rank=2),
     "P4InvTransform-reverse": lambda: P4InvTransform(3, init="reverse"),
     "P4InvTransform-tensor": lambda: P4InvTransform(2, init=START),
+    "P4OrthogonalTransform": lambda: P4OrthogonalTransform(3),
+    "P4OrthogonalTransform-cache": lambda: P4OrthogonalTransform(3, using_cache=True),
+    "P4OrthogonalTransform-nobias": lambda: P4OrthogonalTransform(3, bias=False),
+    "P4OrthogonalTransform-rank2": lambda: P4OrthogonalTransform(4, rank=2),
+    "P4OrthogonalTransform-reverse": lambda: P4OrthogonalTransform(3, init="reverse"),
 }
 
 FREE_WIDTH = 3  # of the inputs of a transform without a fixed number of features

@@ -1,0 +1,312 @@
+"""Linear problems (paper, Section 4.1, Appendix F, Figures 2 to 4).
+
+    python examples/linear_problems.py --preset quick
+    python examples/linear_problems.py --preset paper --workers 2
+
+Fits a matrix to a positive definite one, to a rotation and to −I: directly, with P4Inv, through the
+inverse of P4Inv, and the rotation with an OrthogonalMatrix. Writes a figure for each problem, a
+table and the numbers. A finished training run is kept; an interrupted call continues with the rest.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from linear_setups import PRESETS, PROBLEMS, Method, Preset, Problem
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from p4flows import InvertibleMatrix, MergeBounds, MergeHook, OrthogonalMatrix
+
+BATCH = 128
+# Steps between looks at the loss and at the error of the inverse.
+LOSS_EVERY, ERROR_EVERY = 10, 100
+SNAPSHOTS = 80
+
+
+class Trained:
+    """The matrix in training: its parameters, what it does to rows, and what it is."""
+
+    def __init__(self, method: Method, size: int) -> None:
+        self.through_inverse = method.kind == "inverse"
+        self.matrix: InvertibleMatrix | OrthogonalMatrix | None = None
+        if method.kind == "direct":
+            self.weight = nn.Parameter(torch.eye(size))
+            self.parameters = [self.weight]
+            return
+        if method.kind == "orthogonal":
+            self.matrix = OrthogonalMatrix(size, rank=method.rank)
+        else:
+            bounds = MergeBounds.paper() if method.paper_bounds else MergeBounds()
+            self.matrix = InvertibleMatrix(size, rank=method.rank, bounds=bounds)
+        self.parameters = list(self.matrix.parameters())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.matrix is None:
+            return x @ self.weight.T
+        return self.matrix.solve(x) if self.through_inverse else self.matrix.multiply(x)
+
+    def dense(self) -> Tensor:
+        if self.matrix is None:
+            return self.weight
+        return self.matrix.inverse() if self.through_inverse else self.matrix.dense()
+
+    def inverse_error(self) -> float:
+        """Largest entry of |A A⁻¹ − I| of the perturbed matrix, in float64."""
+        if self.matrix is None:
+            return 0.0
+        product = self.matrix.dense().double() @ self.matrix.inverse().double()
+        return (product - torch.eye(len(product))).abs().max().item()
+
+
+def train(problem: Problem, method: Method, preset: Preset, seed: int) -> dict[str, Any]:
+    """Train until the tolerance or the last step; numbers and curves."""
+    size = preset.size(problem)
+    generator = torch.Generator().manual_seed(seed)
+    target = problem.target(size, generator)
+    torch.manual_seed(seed)
+    trained = Trained(method, size)
+    optimizer_class = getattr(torch.optim, method.optimizer)
+    optimizer = optimizer_class(trained.parameters, lr=method.learning_rate)
+    hook = None
+    if trained.matrix is not None:
+        # With Adam, a second moment that fits another v would give steps of the wrong length.
+        restart = "both" if method.optimizer == "Adam" else "v"
+        hook = MergeHook(
+            trained.matrix,
+            optimizer,
+            every=method.every,
+            force_every=10,
+            correct_every=50,
+            restart=restart,
+            draw=method.draw,
+        )
+    curves: dict[str, list[Any]] = {"steps": [], "losses": [], "eigenvalues": []}
+    errors = []
+    steps = preset.steps(problem, method)
+    reached, started = None, time.perf_counter()
+    for step in range(steps + 1):
+        if step % LOSS_EVERY == 0:
+            with torch.no_grad():
+                dense = trained.dense()
+                # The mean over all x ~ N(0, I) of the loss below: no noise of a batch in it.
+                loss = (dense - target).square().sum().item() / size
+                reached = step if loss < preset.tolerance else None
+                last = reached is not None or step == steps
+                if step % ERROR_EVERY == 0 or last:
+                    errors.append(trained.inverse_error())
+                if step % (steps // SNAPSHOTS) < LOSS_EVERY or last:
+                    curves["steps"].append(step)
+                    curves["losses"].append(loss)
+                    curves["eigenvalues"].append(torch.linalg.eigvals(dense.double()))
+            if reached is not None or not math.isfinite(loss):
+                break
+        x = torch.randn(BATCH, size, generator=generator)
+        objective = (trained(x) - x @ target.T).square().mean()
+        if method.penalty and hook is not None:
+            objective = objective + hook.penalty(method.penalty)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+    record: dict[str, Any] = {
+        "steps": reached,
+        "loss": loss,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if trained.matrix is not None and hook is not None:
+        with torch.no_grad():
+            sign, logabsdet = trained.matrix.slogdet()
+            exact = torch.linalg.slogdet(trained.matrix.dense().double())
+        record |= {
+            "worst_inverse_error": max(errors),
+            "inverse_error": errors[-1],
+            "sign": sign.item(),
+            "exact_sign": exact.sign.item(),
+            "logabsdet_error": abs(logabsdet.item() - exact.logabsdet.item()),
+            "merges": dict(hook.stats),
+        }
+    return {"record": record, "curves": curves}
+
+
+def run(problem_name: str, index: int, preset_name: str, seed: int, output: Path) -> dict[str, Any]:
+    """One training run, or what a call before has kept of it."""
+    torch.set_num_threads(1)
+    problem = PROBLEMS[problem_name]
+    method = problem.methods[index]
+    name = method.title.replace(", ", "_").replace(" ", "-").replace("'", "")
+    file = output / "runs" / f"{problem_name}-{preset_name}-{name}-{seed}.pt"
+    if file.exists():
+        return torch.load(file)
+    result = train(problem, method, PRESETS[preset_name], seed)
+    result["record"] = {
+        "problem": problem_name,
+        "size": PRESETS[preset_name].size(problem),
+        "method": method.title,
+        "seed": seed,
+        **result["record"],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(result, file)
+    return result
+
+
+def figure(problem: Problem, target: Tensor, results: list[dict[str, Any]]) -> Any:
+    """Losses of all methods; eigenvalues of some, from blue to yellow during training."""
+    columns = 1 + len(problem.panels)
+    panels, axes = plt.subplots(
+        1,
+        columns,
+        figsize=(4.2 * columns, 5.2),
+        width_ratios=[1.5, *[1] * len(problem.panels)],
+        layout="constrained",
+    )
+    axes[0].set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for result in results:
+        curves = result["curves"]
+        axes[0].plot(curves["steps"], curves["losses"], label=result["record"]["method"])
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log", title=f"{problem.title}, {len(target)}")
+    panels.legend(loc="outside lower center", ncols=5, fontsize="small")
+    targets = torch.linalg.eigvals(target.double())
+    for axis, index in zip(axes[1:], problem.panels, strict=True):
+        path = torch.stack(results[index]["curves"]["eigenvalues"])
+        color = torch.linspace(0, 1, len(path)).unsqueeze(-1).expand(path.shape)
+        axis.scatter(targets.real, targets.imag, marker="s", s=30, fc="none", ec="k", lw=0.7)
+        axis.scatter(path.real, path.imag, c=color, s=2, cmap="viridis")
+        axis.scatter(path[-1].real, path[-1].imag, marker="x", s=14, c="r", lw=0.8)
+        axis.set_title(problem.methods[index].title, fontsize="medium")
+        axis.set(xlabel="Re λ", aspect="equal")
+        axis.set_adjustable("datalim")
+    axes[1].set_ylabel("Im λ")
+    return panels
+
+
+def median_ratio(
+    problem: Problem, steps: dict[tuple[Method, int], int | None], method: Method, seeds: range
+) -> float:
+    """Steps over those of direct training at the same seed, the median of seeds."""
+    ratios = []
+    for seed in seeds:
+        own, direct = steps[method, seed], steps[method.baseline, seed]
+        ratios.append(math.inf if own is None or direct is None else own / direct)
+    return statistics.median(ratios)
+
+
+def table(
+    problem: Problem, results: dict[tuple[int, int], dict[str, Any]], seeds: range
+) -> list[str]:
+    """Rows of one problem; the worst of all seeds where errors are concerned."""
+    steps = {
+        (problem.methods[index], seed): result["record"]["steps"]
+        for (index, seed), result in results.items()
+    }
+    lines = []
+    for index, method in enumerate(problem.methods):
+        records = [results[index, seed]["record"] for seed in seeds]
+        taken = [steps[method, seed] for seed in seeds]
+        found = sorted(math.inf if count is None else count for count in taken)
+        median = statistics.median(found)
+        ratio = median_ratio(problem, steps, method, seeds)
+        cells = [
+            f"{problem.title}, {records[0]['size']}",
+            method.title,
+            f"{median:.0f}" if math.isfinite(median) else "not reached",
+            f"{ratio:.2f}" if math.isfinite(ratio) else "–",
+            f"{max(record['loss'] for record in records):.1e}",
+        ]
+        if method.kind == "direct":
+            cells += ["–"] * 5
+        else:
+            cells += [
+                f"{max(record['worst_inverse_error'] for record in records):.0e}",
+                f"{max(record['inverse_error'] for record in records):.0e}",
+                " ".join(f"{record['sign']:+.0f}/{record['exact_sign']:+.0f}" for record in records)
+                if len(records) == 1
+                else f"{sum(record['sign'] == record['exact_sign'] for record in records)}"
+                f"/{len(records)} right",
+                f"{max(record['logabsdet_error'] for record in records):.0e}",
+                "/".join(
+                    f"{statistics.median(record['merges'][key] for record in records):.0f}"
+                    for key in ("merged", "skipped", "forced")
+                ),
+            ]
+        cells.append(f"{statistics.median(record['seconds'] for record in records):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+HEADER = (
+    "| problem | method | steps | ratio to direct | final loss | worst error of the inverse "
+    "| at the end | sign, exact | logabsdet error | merged/skipped/forced | seconds |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
+    parser.add_argument("--problem", choices=sorted(PROBLEMS), action="append")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--output", type=Path, default=Path("results/linear_problems"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train what is missing, then write figures, table and JSON."""
+    arguments = parse_arguments()
+    output, preset = arguments.output, PRESETS[arguments.preset]
+    output.mkdir(parents=True, exist_ok=True)
+    names = arguments.problem or list(PROBLEMS)
+    seeds = {name: range(min(preset.seeds, PROBLEMS[name].seeds)) for name in names}
+    jobs = [
+        (name, index, arguments.preset, seed)
+        for name in names
+        for index in range(len(PROBLEMS[name].methods))
+        for seed in seeds[name]
+    ]
+    # Processes, because a matrix of this size cannot keep more than one core busy; the longest
+    # runs, those of large matrices, first.
+    jobs.sort(key=lambda job: -PROBLEMS[job[0]].size)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        futures = {pool.submit(run, *job, output): job for job in jobs}
+        finished = concurrent.futures.as_completed(futures)
+        results = {
+            futures[future]: future.result()
+            for future in tqdm(finished, total=len(jobs), desc="runs")
+        }
+
+    lines = [f"`python examples/linear_problems.py --preset {arguments.preset}`", "", HEADER]
+    for name in names:
+        problem = PROBLEMS[name]
+        own = {
+            (index, seed): result for (n, index, _, seed), result in results.items() if n == name
+        }
+        lines += table(problem, own, seeds[name])
+        target = problem.target(preset.size(problem), torch.Generator().manual_seed(0))
+        picture = figure(problem, target, [own[index, 0] for index in range(len(problem.methods))])
+        file = output / f"{name}-{arguments.preset}.png"
+        picture.savefig(file, dpi=100)
+        print(f"figure: {file}")
+    stem = output / f"linear_problems-{arguments.preset}"
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    records = [results[job]["record"] for job in sorted(results)]
+    stem.with_suffix(".json").write_text(json.dumps(records, indent=2) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
