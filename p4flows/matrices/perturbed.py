@@ -3,7 +3,7 @@
 import abc
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -328,6 +328,15 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             self.u.requires_grad,
             self.v.requires_grad,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to()`, `.double()` and `.cuda()` call."""
+        before = torch.finfo(self.frozen.dtype).eps
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if torch.finfo(self.frozen.dtype).eps < before and not self.frozen.is_meta:
+            # What was kept beside A is as exact as the narrower dtype let it be.
+            self.correct()
+        return self
 
     def extra_repr(self) -> str:
         """Size, batch shape and rank, for `repr`."""
