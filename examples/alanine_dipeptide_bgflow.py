@@ -142,7 +142,7 @@ class BgflowProblem(Problem):
         super().__init__(preset, output, workers, progress)
         ours = self.coordinates
         self.replicas = torch.stack([superposed(ours, frames) for frames in self.replicas])
-        self.frames = self.replicas[:-1].flatten(0, 1)
+        self.frames = self.replicas[:-1][self.trans[:-1]]
         theirs = bgflow_coordinates(ours, self.frames)
         self.comparison = compare(ours, theirs, self.frames[:SAMPLES])
         self.layers = standardised(theirs, self.frames, ours.cuts / (2.0 * math.pi) + 0.5)
