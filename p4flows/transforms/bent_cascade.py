@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from p4flows.matrices.invertible_autograd import needs_plain_operations
+
 # Up to here Ã is formed for all layers at once, one product a layer; beyond, forming it costs more
 # than the two thin products that go through u and v (benchmarks/stack.py shows the crossover).
 DENSE_UP_TO = 64
@@ -81,7 +83,7 @@ def bent_cascade(
     row_sums = frozen.sum(-1) + (u @ v.sum(-2).unsqueeze(-1)).squeeze(-1)
     folded = bias + offsets[:, None] * row_sums + shifts[:, None]
     setting = _Setting(frozen, used, scales)
-    if torch.compiler.is_compiling():
+    if needs_plain_operations(x):
         raw, log_slopes = _plain(x, u, v, folded, setting)
     elif torch.is_grad_enabled() and any(t.requires_grad for t in (x, u, v, folded)):
         raw, log_slopes = _Cascade.apply(x, u, v, folded, setting)  # type: ignore[no-untyped-call]
@@ -216,7 +218,7 @@ class _Cascade(torch.autograd.Function):
 def _plain(
     x: Tensor, u: Tensor, v: Tensor, bias: Tensor, setting: _Setting
 ) -> tuple[Tensor, Tensor]:
-    """The same function in differentiable operations, for torch.compile and second derivatives."""
+    """The same in differentiable operations, for torch.compile, torch.func, second derivatives."""
     r, log_slopes = x, x.new_zeros(len(x))
     for layer, activation in enumerate(setting.used):
         scale = setting.scales[layer]

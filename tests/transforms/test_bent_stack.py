@@ -221,3 +221,18 @@ def test_autocast_changes_nothing(direction):
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert rounded[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_jacobian_by_torch_func(direction):
+    stack = moved(3, 2)
+    x = torch.randn(3, dtype=torch.float64)
+    function = getattr(stack, direction)
+
+    def of_one_row(row):
+        return function(row.unsqueeze(0))[0].squeeze(0)
+
+    jacobian = torch.func.jacrev(of_one_row)(x)
+    torch.testing.assert_close(
+        torch.linalg.slogdet(jacobian).logabsdet, function(x.unsqueeze(0))[1].squeeze(0)
+    )
