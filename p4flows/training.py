@@ -347,8 +347,9 @@ def _source(batches: BatchFunction | Iterable[Any]) -> _FunctionSource | _Iterab
 def _shown(loss: float, hook: MergeHook | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"loss": f"{loss:.4f}"}
     if hook is not None:
-        shown["merged"] = hook.stats.merged
-        shown["skipped"] = hook.stats.skipped
+        # As text: tqdm would write 20000 as 2e+4.
+        shown["merged"] = str(hook.stats.merged)
+        shown["skipped"] = str(hook.stats.skipped)
     return shown
 
 
