@@ -238,12 +238,11 @@ class MergeHook:
         if self.restart == "carry":
             carry_momentum(optimizer, matrix.u, before, matrix.v, outcome.merged)
             restart_momentum(optimizer, matrix.v, outcome.merged)
-        else:
-            restart_parameter(optimizer, matrix.v, outcome.merged)
-        # The state of what was not finite is not finite either.
-        everything = redrawn if self.restart == "both" else outcome.reset
-        restart_parameter(optimizer, matrix.u, everything)
-        restart_parameter(optimizer, matrix.v, outcome.reset)
+        # The state of what was not finite is not finite either: it restarts in any case.
+        restart_parameter(optimizer, matrix.u, redrawn if self.restart == "both" else outcome.reset)
+        restart_parameter(
+            optimizer, matrix.v, outcome.reset if self.restart == "carry" else redrawn
+        )
 
 
 def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, PerturbedMatrix]:

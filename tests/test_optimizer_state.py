@@ -354,3 +354,14 @@ def test_state_of_a_reset_perturbation_is_finite_again(restart):
     for factor in (layer.matrix.u, layer.matrix.v):
         assert factor.isfinite().all()
         assert all(entry.isfinite().all() for entry in optimizer.state[factor].values())
+
+
+def test_shared_step_restarts_when_each_matrix_was_merged_or_reset():
+    matrix = InvertibleMatrix(3, batch_shape=(2,))
+    optimizer = torch.optim.Adam(matrix.parameters())
+    hook = MergeHook(matrix, optimizer, every=1)
+    matrix.u.grad, matrix.v.grad = torch.ones(2, 3, 1), torch.ones(2, 3, 1)
+    matrix.u.grad[0] = math.nan
+    optimizer.step()
+    assert (hook.stats.merged, hook.stats.reset) == (1, 1)
+    assert optimizer.state[matrix.v]["step"] == 0

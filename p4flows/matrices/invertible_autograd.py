@@ -93,14 +93,17 @@ class Solve(torch.autograd.Function):
         return grad_y, grad_bias, grad_u, grad_v, None, None, None
 
 
+def is_autocast(device: str) -> bool:
+    """Whether `torch.autocast` is on; the meta device has none to ask about."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def needs_plain_operations(x: Tensor) -> bool:
     """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
-    device = x.device.type
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        # The meta device has no autocast to ask about.
-        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+        or is_autocast(x.device.type)
     )
 
 

@@ -194,17 +194,18 @@ class _Cascade(torch.autograd.Function):
         # t becomes the gradient with respect to s; it starts as the log-derivative's share.
         t = log_slope_gradients * grad_log
         g = grad_raw.mT
-        weights = setting.perturbed(u, v).mT.unbind()
         t_rows, slope_rows, scales = t.unbind(), slopes.unbind(), setting.scales
+        scale = t.new_tensor(scales)[:, None, None]
+        weights = setting.perturbed(u, v).mT
+        # Where Ã is formed it is scaled as a whole; A itself is not copied for that.
+        maps = (weights * scale if setting.is_dense else weights).unbind()
         for layer in reversed(range(len(scales))):
             row = t_rows[layer].addcmul_(g, slope_rows[layer])
             if setting.is_dense:
-                g = torch.mm(weights[layer], row)
+                g = torch.mm(maps[layer], row)
             else:
-                g = torch.addmm(v[layer] @ (u[layer].mT @ row), weights[layer], row)
-            if scales[layer] != 1.0:
-                g.mul_(scales[layer])
-        scale = t.new_tensor(scales)[:, None, None]
+                thin = v[layer] @ (u[layer].mT @ row)
+                g = torch.addmm(thin, maps[layer], row, beta=scales[layer], alpha=scales[layer])
         before = r[:-1]
         if setting.is_dense:
             grad_weight = (t @ before.mT).mul_(scale)

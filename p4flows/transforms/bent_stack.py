@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from p4flows.arguments import check_positive_int, check_rows
 from p4flows.linalg import capacitance, inverse_small
 from p4flows.matrices import InvertibleMatrix, MergeBounds
+from p4flows.matrices.invertible_autograd import is_autocast
 from p4flows.transforms.bent import BentIdentity
 from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
 from p4flows.transforms.linear import P4InvTransform
@@ -121,8 +122,7 @@ class BentStack(Transform):
     def _full_precision(self, inputs: Tensor) -> Iterator[Tensor]:
         """No autocast: hundreds of layers one after the other would round hundreds of times."""
         device = inputs.device.type
-        # The meta device has no autocast to ask about.
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if is_autocast(device):
             with torch.autocast(device, enabled=False):
                 yield inputs.to(self.bias.dtype)
         else:
