@@ -2,11 +2,11 @@
 
     python examples/alanine_dipeptide.py --preset quick
     python examples/alanine_dipeptide.py --preset paper
-    python examples/alanine_dipeptide.py --preset decay
+    python examples/alanine_dipeptide.py --preset beyond
 
-Simulates the molecule, trains RealNVP flows with swaps and with P4Inv swaps, first by likelihood,
-then by likelihood and energy, and writes a figure, a table, the numbers and sampled structures as a
-trajectory. Simulation and training continue where an interrupted run stopped.
+Simulates the molecule, trains flows with swaps and with P4Inv layers in their place, first by
+likelihood, then by likelihood and energy, and writes a figure, a table, the numbers and sampled
+structures as a trajectory. Simulation and training continue where an interrupted run stopped.
 """
 
 import argparse
@@ -15,24 +15,20 @@ import dataclasses
 import json
 import math
 import multiprocessing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mdtraj
 import numpy as np
 import torch
-from alanine_dipeptide_report import (
-    NOISE,
-    energy_numbers,
-    figure,
-    inverse_error,
-    kl_of_histograms,
-    table,
-)
+from alanine_dipeptide_flows import MODELS
+from alanine_dipeptide_report import NOISE, energy_numbers, figure, kl_of_histograms, table
 from nflows.flows.base import Flow
 from torch import Tensor
 
-from p4flows import InvertibleMatrix, MergeHook, fit, realnvp_flow
+from p4flows import InvertibleMatrix, MergeHook, fit
+from p4flows.linalg import residual
 from p4flows.molecules import (
     LangevinDynamics,
     MixedCoordinateTransform,
@@ -60,21 +56,22 @@ LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Amount of data and length of training; Appendix H in `paper`."""
+    """Amount of data, length of training and whether its rate decays to zero on a cosine."""
 
     replicas: int
     frames: int
     steps: int
     mixed_steps: int
-    decay: bool = False
+    decay: bool
+    models: tuple[str, ...]
 
 
 PRESETS = {
-    "quick": Preset(4, 25_000, 3_000, 200, decay=True),
-    "paper": Preset(10, 50_000, 40_000, 2_000),
-    "decay": Preset(10, 50_000, 40_000, 2_000, decay=True),
+    "quick": Preset(4, 25_000, 1_500, 100, True, tuple(MODELS)),
+    # Appendix H.
+    "paper": Preset(10, 50_000, 40_000, 2_000, False, ("rnvp", "p4inv")),
+    "beyond": Preset(10, 50_000, 10_000, 1_000, True, ("spline", "spline-p4inv")),
 }
-MODELS = {"rnvp": "RNVP", "p4inv": "P4Inv"}
 
 
 class Problem:
@@ -121,6 +118,14 @@ class Problem:
         return np.degrees(phi_psi(self.molecule.trajectory(positions.numpy())))
 
 
+class Samples(NamedTuple):
+    """Structures drawn from a flow."""
+
+    positions: Tensor
+    energies: Tensor
+    torsions: np.ndarray
+
+
 def states(torsions: np.ndarray) -> np.ndarray:
     """0 for the left, 1 for the right, −1 for what is between."""
     phi = torsions[..., 0]
@@ -131,14 +136,15 @@ def states(torsions: np.ndarray) -> np.ndarray:
 
 def train(
     problem: Problem, model: str, preset: Preset, seed: int, stem: Path, progress: bool
-) -> tuple[Flow, dict[str, Any]]:
-    """Both stages of training, each continued from its checkpoint; the flow and its record."""
+) -> tuple[dict[str, Any], Samples]:
+    """Both stages of training, each continued from its checkpoint; the record, the last samples."""
     torch.manual_seed(seed)
-    flow = realnvp_flow(60, 25, swap="p4" if model == "p4inv" else "permutation")
+    flow = MODELS[model].flow()
+    matrices = [module for module in flow.modules() if isinstance(module, InvertibleMatrix)]
     highest_seen = problem.reference_energies.max().item()
     capped = OpenMMEnergy(problem.molecule.system, TEMPERATURE, cap=(highest_seen + 10.0, 1e20))
     record: dict[str, Any] = {
-        "model": MODELS[model],
+        "model": MODELS[model].title,
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
     }
@@ -149,7 +155,7 @@ def train(
     for stage, steps, learning_rate, options in stages:
         optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
         hook = None
-        if model == "p4inv":
+        if matrices:
             hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
         scheduler = None
         if preset.decay and stage == "likelihood":
@@ -169,18 +175,19 @@ def train(
         )
         if hook is not None:
             hook.remove()
+        numbers, samples = evaluate(problem, flow, seed)
         record[stage] = {
             "steps": steps,
             "learning_rate": learning_rate,
             "seconds_per_step": result.seconds / steps,
             "merges": dict(hook.stats) if hook is not None else None,
-            **evaluate(problem, flow, seed),
+            **numbers,
         }
-    return flow.eval(), record
+    return record, samples
 
 
 @torch.no_grad()
-def evaluate(problem: Problem, flow: Flow, seed: int) -> dict[str, Any]:
+def evaluate(problem: Problem, flow: Flow, seed: int) -> tuple[dict[str, Any], Samples]:
     """Figures of merit of a flow, on samples of its own and on the replica that it has not seen."""
     was_training = flow.training
     flow.eval()
@@ -203,10 +210,14 @@ def evaluate(problem: Problem, flow: Flow, seed: int) -> dict[str, Any]:
     numbers["round_trip_nm"] = (
         (back - problem.coordinates.inverse(features[:SAMPLES])[0]).abs().max().item()
     )
-    errors = [inverse_error(m) for m in flow.modules() if isinstance(m, InvertibleMatrix)]
+    errors = [
+        residual(module.frozen.double(), module.inverse_frozen.double()).abs().max().item()
+        for module in flow.modules()
+        if isinstance(module, InvertibleMatrix)
+    ]
     numbers["inverse_error"] = max(errors, default=None)
     flow.train(was_training)
-    return numbers
+    return numbers, Samples(positions, energies, torsions)
 
 
 def run(
@@ -220,13 +231,9 @@ def run(
         return json.loads(record_file.read_text())
     preset = PRESETS[preset_name]
     problem = Problem(preset, output, workers, progress)
-    flow, record = train(problem, model, preset, seed, stem, progress)
-    torch.manual_seed(seed)
-    positions, energies, _ = sample_with_weights(flow, problem.coordinates, problem.energy, SAMPLES)
-    np.savez(
-        stem.with_suffix(".npz"), energies=energies.numpy(), torsions=problem.torsions(positions)
-    )
-    structures = problem.molecule.trajectory(positions[:SAVED_STRUCTURES].numpy())
+    record, samples = train(problem, model, preset, seed, stem, progress)
+    np.savez(stem.with_suffix(".npz"), energies=samples.energies.numpy(), torsions=samples.torsions)
+    structures = problem.molecule.trajectory(samples.positions[:SAVED_STRUCTURES].numpy())
     structures[0].save_pdb(str(stem.with_suffix(".pdb")))
     structures.save_dcd(str(stem.with_suffix(".dcd")))
     record_file.write_text(json.dumps(record, indent=2) + "\n")
@@ -255,22 +262,25 @@ def data_record(problem: Problem, seed: int) -> dict[str, Any]:
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(models: Collection[str]) -> argparse.Namespace:
+    """The command line; without --models, those of the preset that are among the given ones."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=list(models), help="those of the preset")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--output", type=Path, default=Path("results/alanine_dipeptide"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.models is None:
+        arguments.models = [name for name in PRESETS[arguments.preset].models if name in models]
+    return arguments
 
 
 def main() -> None:
     """Simulate, train, then write figure, table, JSON and trajectories."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(MODELS)
     output, seed, workers = arguments.output, arguments.seed, arguments.workers
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -291,7 +301,7 @@ def main() -> None:
 
     stem = output / f"alanine_dipeptide-{arguments.preset}-{seed}"
     samples = {
-        MODELS[model]: dict(np.load(output / f"{model}-{arguments.preset}-{seed}.npz"))
+        MODELS[model].title: dict(np.load(output / f"{model}-{arguments.preset}-{seed}.npz"))
         for model in arguments.models
     }
     figure(problem, samples, seed).savefig(stem.with_suffix(".png"), dpi=150)

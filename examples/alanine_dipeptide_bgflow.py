@@ -21,18 +21,19 @@ import openmm
 import torch
 from alanine_dipeptide import (
     BATCH,
-    MODELS,
     PRESETS,
     SAMPLES,
     TEMPERATURE,
     Preset,
     Problem,
+    Samples,
     data_record,
     evaluate,
     figure,
     parse_arguments,
     table,
 )
+from alanine_dipeptide_flows import MODELS
 from bgflow import (
     BoltzmannGenerator,
     Flow,
@@ -56,7 +57,7 @@ from tqdm.auto import tqdm
 from p4flows import MergeHook
 from p4flows.base_distribution import BaseNormal
 from p4flows.bgflow import as_transform, realnvp_flow
-from p4flows.molecules import MixedCoordinateTransform, sample_with_weights
+from p4flows.molecules import MixedCoordinateTransform
 
 
 class TorsionsFromCut(Flow):
@@ -155,8 +156,8 @@ class BgflowProblem(Problem):
 
 def train(
     problem: BgflowProblem, model: str, preset: Preset, seed: int
-) -> tuple[NflowsFlow, dict[str, Any]]:
-    """Both stages of training; the flow of features as nflows has it, and its record."""
+) -> tuple[dict[str, Any], Samples]:
+    """Both stages of training; the record and the last samples."""
     torch.manual_seed(seed)
     prior = NormalDistribution(60)
     flow = realnvp_flow(60, 25, swap="p4" if model == "p4inv" else "permutation")
@@ -168,7 +169,7 @@ def train(
     # Data → noise is forward in nflows.
     density = NflowsFlow(as_transform(InverseFlow(flow)), BaseNormal(60))
     record: dict[str, Any] = {
-        "model": MODELS[model],
+        "model": MODELS[model].title,
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
     }
@@ -194,16 +195,17 @@ def train(
             schedulers=schedulers,
             progress_bar=tqdm,
         )
+        numbers, samples = evaluate(problem, density, seed)
         record[stage] = {
             "steps": steps,
             "learning_rate": learning_rate,
             "seconds_per_step": (time.perf_counter() - begin) / steps,
             "merges": dict(hook.stats) if hook is not None else None,
-            **evaluate(problem, density, seed),
+            **numbers,
         }
         if hook is not None:
             hook.remove()
-    return density.eval(), record
+    return record, samples
 
 
 def run(
@@ -214,17 +216,13 @@ def run(
     warnings.simplefilter("ignore")  # of bgflow: it indexes by lists
     preset = PRESETS[preset_name]
     problem = BgflowProblem(preset, output, workers=1, progress=False)
-    density, record = train(problem, model, preset, seed)
-    torch.manual_seed(seed)
-    positions, energies, _ = sample_with_weights(
-        density, problem.coordinates, problem.energy, SAMPLES
-    )
-    return record, {"energies": energies.numpy(), "torsions": problem.torsions(positions)}
+    record, samples = train(problem, model, preset, seed)
+    return record, {"energies": samples.energies.numpy(), "torsions": samples.torsions}
 
 
 def main() -> None:
     """Train, then write figure, table and JSON."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(("rnvp", "p4inv"))
     output, preset, seed = arguments.output, arguments.preset, arguments.seed
     output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from p4flows import InvertibleMatrix
-
 NOISE = 0.004  # nm
 BOOTSTRAPS = 200
 
@@ -50,12 +48,6 @@ def kl_of_histograms(expected: np.ndarray, found: np.ndarray, bins: int = 72) ->
     return float((p * np.log(p / q)).sum())
 
 
-def inverse_error(matrix: InvertibleMatrix) -> float:
-    """Largest entry of |A A⁻¹ − I| for the stored inverse, in float64."""
-    product = matrix.frozen.double() @ matrix.inverse_frozen.double()
-    return (product - torch.eye(matrix.size, dtype=torch.float64)).abs().max().item()
-
-
 def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
     """As Figure 6: energies as violins on the left, φ and ψ on the right."""
     columns = {
@@ -81,7 +73,7 @@ def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
         showextrema=False,
         widths=0.9,
     )
-    for body, color in zip(parts["bodies"], ("C0", "C1", "C2", "C3"), strict=False):
+    for body, color in zip(parts["bodies"], map("C{}".format, range(len(columns))), strict=True):
         body.set(facecolor=color, alpha=0.6)
     axes[0].axhline(highest, color="grey", linestyle="--", linewidth=0.8)
     for index, values in enumerate(columns.values(), start=1):
