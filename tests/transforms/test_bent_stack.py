@@ -62,7 +62,9 @@ def test_equal_to_the_single_layers(features, blocks, rank, path, direction, mon
 def test_the_default_takes_both_paths():
     for features, is_dense in ((2, True), (bent_cascade.DENSE_UP_TO + 1, False)):
         stack = BentStack(features, 1)
-        setting = bent_cascade._Setting(stack.matrix.frozen, [], [])
+        setting = bent_cascade._Setting(
+            stack.matrix.frozen, (bent_cascade.BENT, bent_cascade.INVERSE_BENT)
+        )
         assert setting.is_dense == is_dense
 
 
