@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p4flows.linalg import capacitance, inverse_small, refine_inverse, residual, slogdet_small
+from p4flows.linalg import (
+    capacitance,
+    inverse_small,
+    multiply_transposed,
+    refine_inverse,
+    residual,
+    slogdet_small,
+)
 from p4flows.matrices.invertible_autograd import Multiply, Solve, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix
 
@@ -237,7 +244,7 @@ class InvertibleMatrix(PerturbedMatrix):
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """Algorithm 2; in place, without temporaries of the size of A."""
         w, g = capacitance(self.inverse_frozen, self.u, self.v)
-        z = self.inverse_frozen.mT @ self.v
+        z = multiply_transposed(self.inverse_frozen, self.v)
         w_scaled = w @ inverse_small(g)
         sign, update = slogdet_small(g)
         sane = self.bounds.accept(update, self.logabsdet_frozen + update)

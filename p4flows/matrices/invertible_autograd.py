@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p4flows.linalg import capacitance, inverse_small, logabsdet_small
+from p4flows.linalg import (
+    by_columns,
+    capacitance,
+    inverse_small,
+    logabsdet_small,
+    multiply_transposed,
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -35,8 +41,9 @@ class Multiply(torch.autograd.Function):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        w, g = capacitance(inverse, u, v)
-        y = F.linear(x, frozen, bias).addmm_(x @ v, u.mT)
+        columns_u, columns_v = by_columns(u), by_columns(v)
+        w, g = capacitance(inverse, columns_u, columns_v)
+        y = F.linear(x, frozen, bias).addmm_(x @ columns_v, columns_u.mT)
         ctx.save_for_backward(x, u, v, frozen, inverse, w, inverse_small(g))
         return y, _for_each_row(_logabsdet(g, *logabsdet), x)
 
@@ -44,6 +51,7 @@ class Multiply(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> Gradients:
         """∂x, ∂b, ∂u and ∂v, differentiable once more."""
         x, u, v, frozen, inverse, w, g_inverse = ctx.saved_tensors
+        u, v = by_columns(u), by_columns(v)
         if torch.is_grad_enabled():
             w, g_inverse = _differentiable(inverse, u, v)
         grad_y_u = grad_y @ u
@@ -51,8 +59,10 @@ class Multiply(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ frozen).addmm_(grad_y_u, v.mT)
         scaled = grad_log.sum() * g_inverse
-        grad_u = torch.addmm(grad_y.mT @ (x @ v), inverse.mT @ v, scaled.mT)
-        grad_v = torch.addmm(x.mT @ grad_y_u, w, scaled)
+        grad_u = torch.addmm(
+            multiply_transposed(grad_y, x @ v), multiply_transposed(inverse, v), scaled.mT
+        )
+        grad_v = torch.addmm(multiply_transposed(x, grad_y_u), w, scaled)
         grad_bias = grad_y.sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, grad_u, grad_v, None, None, None, None
 
@@ -71,10 +81,11 @@ class Solve(torch.autograd.Function):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        w, g = capacitance(inverse, u, v)
+        columns_u, columns_v = by_columns(u), by_columns(v)
+        w, g = capacitance(inverse, columns_u, columns_v)
         g_inverse = inverse_small(g)
         x = (y if bias is None else y - bias) @ inverse.mT
-        x.addmm_(x @ v, (w @ g_inverse).mT, alpha=-1)
+        x.addmm_(x @ columns_v, (w @ g_inverse).mT, alpha=-1)
         ctx.save_for_backward(x, u, v, inverse, w, g_inverse)
         return x, _for_each_row(-_logabsdet(g, *logabsdet), x)
 
@@ -82,13 +93,16 @@ class Solve(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor, grad_log: Tensor) -> Gradients:
         """∂y, ∂b, ∂u and ∂v, differentiable once more."""
         x, u, v, inverse, w, g_inverse = ctx.saved_tensors
+        u, v = by_columns(u), by_columns(v)
         if torch.is_grad_enabled():
             w, g_inverse = _differentiable(inverse, u, v)
         grad_y_u = grad_x @ (w @ g_inverse)
         grad_y = torch.addmm(grad_x, grad_y_u, v.mT, alpha=-1) @ inverse
         scaled = grad_log.sum() * g_inverse
-        grad_u = -torch.addmm(grad_y.mT @ (x @ v), inverse.mT @ v, scaled.mT)
-        grad_v = -torch.addmm(x.mT @ grad_y_u, w, scaled)
+        grad_u = -torch.addmm(
+            multiply_transposed(grad_y, x @ v), multiply_transposed(inverse, v), scaled.mT
+        )
+        grad_v = -torch.addmm(multiply_transposed(x, grad_y_u), w, scaled)
         grad_bias = -grad_y.sum(0) if ctx.needs_input_grad[1] else None
         return grad_y, grad_bias, grad_u, grad_v, None, None, None
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from p4flows.linalg import compact_wy, newton_schulz, residual
+from p4flows.linalg import compact_wy, multiply_transposed, newton_schulz, residual
 from p4flows.matrices.perturbed import PerturbedMatrix
 
 # Two Newton–Schulz steps take an error of this size to 1e-9; beyond it, an SVD is the way.
@@ -142,7 +142,7 @@ class OrthogonalMatrix(PerturbedMatrix):
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """A ← Q A; in place, without temporaries of the size of A."""
         w, t = self._reflections()
-        left, right = w @ t, self.frozen.mT @ w
+        left, right = w @ t, multiply_transposed(self.frozen, w)
         finite = left.isfinite() & right.isfinite()
         merged = candidates & finite.flatten(-2).all(-1)
 
