@@ -26,12 +26,12 @@ class Model:
     flow: Callable[[], Flow]
 
 
-def affine_flow(swap: Swap) -> Flow:
+def affine_flow(swap: Swap, rank: int = 1) -> Flow:
     """Appendix H: 25 blocks of two affine couplings with nets of two hidden layers of 60."""
-    return realnvp_flow(FEATURES, 25, swap=swap)
+    return realnvp_flow(FEATURES, 25, swap=swap, rank=rank)
 
 
-def spline_flow(swap: Swap, blocks: int = 4, hidden: int = 64) -> Flow:
+def spline_flow(swap: Swap, rank: int = 1, blocks: int = 4, hidden: int = 64) -> Flow:
     """Rational-quadratic splines of nflows (Durkan et al. 2019), two to a block, between swaps.
 
     A step takes as long as one of `affine_flow`. Splines of eight bins span five standard
@@ -50,7 +50,7 @@ def spline_flow(swap: Swap, blocks: int = 4, hidden: int = 64) -> Flow:
             )
         )
         if swap == "p4":
-            transforms.append(P4InvTransform(FEATURES, init="reverse"))
+            transforms.append(P4InvTransform(FEATURES, rank=rank, init="reverse"))
         else:
             transforms.append(Permutation(torch.arange(FEATURES).roll(half)))
     return Flow(CompositeTransform(transforms), StandardNormal([FEATURES]))
