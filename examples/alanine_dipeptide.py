@@ -70,7 +70,7 @@ PRESETS = {
     "quick": Preset(4, 25_000, 1_500, 100, True, tuple(MODELS)),
     # Appendix H.
     "paper": Preset(10, 50_000, 40_000, 2_000, False, ("rnvp", "p4inv")),
-    "beyond": Preset(10, 50_000, 10_000, 1_000, True, ("spline", "spline-p4inv")),
+    "beyond": Preset(10, 50_000, 3_000, 300, True, ("spline", "spline-p4inv")),
 }
 
 
