@@ -152,6 +152,7 @@ def evaluate(flow: nn.Module, target: Target, seed: int) -> dict[str, Any]:
 
 def energy_distance(first: Tensor, second: Tensor, rows: int = 10_000) -> float:
     """2 E|X − Y| − E|X − X'| − E|Y − Y'| of the first rows: zero where two samples agree."""
+    rows = min(rows, len(first), len(second))
     x, y = first[:rows].double(), second[:rows].double()
     # The mean over pairs of different rows: a row has distance zero to itself.
     unbiased = rows / (rows - 1)

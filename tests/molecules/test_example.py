@@ -1,0 +1,61 @@
+"""The example of Section 4.3 from simulation to figure and table, at a toy's length."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+mdtraj = pytest.importorskip("mdtraj")
+import alanine_dipeptide as example  # noqa: E402
+import alanine_dipeptide_ablation as ablation  # noqa: E402
+import alanine_dipeptide_report as report  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("alanine_dipeptide")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    preset = example.Preset(2, 60, steps=3, mixed_steps=2, decay=True, models=("rnvp",))
+    for name in ("quick", "paper"):
+        monkeypatch.setitem(example.PRESETS, name, preset)
+    monkeypatch.setattr(example, "SAMPLES", 50)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_every_model_gives_numbers_samples_and_a_trajectory(output):
+    problem = example.Problem(example.PRESETS["quick"], output, workers=1, progress=False)
+    records, samples = [], {}
+    for model, described in example.MODELS.items():
+        record = example.run(model, "quick", 0, output, workers=1, progress=False)
+        for stage in ("likelihood", "mixed"):
+            assert math.isfinite(record[stage]["nll"]), (model, stage)
+            assert (record[stage]["inverse_error"] is None) == ("p4inv" not in model)
+        assert example.run(model, "quick", 0, output, workers=1, progress=False) == record
+        records.append(record)
+        stem = output / f"{model}-quick-0"
+        samples[described.title] = dict(np.load(stem.with_suffix(".npz")))
+        trajectory = mdtraj.load(stem.with_suffix(".dcd"), top=stem.with_suffix(".pdb"))
+        # The table is about the structures in the file.
+        np.testing.assert_allclose(
+            np.degrees(example.phi_psi(trajectory)), samples[described.title]["torsions"], atol=0.1
+        )
+    drawn = report.figure(problem, samples, seed=0)
+    assert len(drawn.axes) == 2 + len(records)
+    report.plt.close(drawn)
+
+
+def test_columns_in_random_order_are_the_same_structures(output):
+    folder = output / "ablation"
+    folder.mkdir()
+    record = ablation.run("spline", "P4Inv, columns in random order", 2, 0, folder)
+    assert record["round_trip_nm"] < 1e-3 and math.isfinite(record["median_shift"])
+    assert "columns in random order" in ablation.table("spline", [record])
