@@ -254,11 +254,11 @@ def figure_of_all(rows: dict[str, list[tuple[str, Tensor, Tensor | None]]]) -> A
     )
     for axes_row, (name, row) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name.replace("_", " "))
-        for axis, (title, samples, _) in zip(axes_row, row, strict=True):
+        for axis, (_, samples, _) in zip(axes_row, row, strict=True):
             draw_samples(axis, samples, TARGETS[name].limits)
             axis.set(xticks=[], yticks=[], aspect="equal")
-            if axes_row is axes[0]:
-                axis.set_title(title)
+    for axis, (title, *_) in zip(axes[0], next(iter(rows.values())), strict=True):
+        axis.set_title(title)
     return figure
 
 
