@@ -60,8 +60,8 @@ def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
     drawn, axes = plt.subplots(
         1,
         1 + len(maps),
-        figsize=(4.2 + 3.2 * len(maps), 3.6),
-        width_ratios=[1.4, *[1] * len(maps)],
+        figsize=(1.1 * len(columns) + 3.2 * len(maps), 3.6),
+        width_ratios=[1.1 * len(columns), *[3.2] * len(maps)],
         layout="constrained",
     )
     highest = columns["MD"].max()
@@ -79,7 +79,8 @@ def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
     for index, values in enumerate(columns.values(), start=1):
         share = f"{(values <= highest).mean():.1%}"
         axes[0].text(index, window[0], share, ha="center", va="bottom", fontsize=8)
-    axes[0].set_xticks(range(1, len(columns) + 1), columns, fontsize=8)
+    names = [title.replace(" + ", " +\n") for title in columns]
+    axes[0].set_xticks(range(1, len(columns) + 1), names, fontsize=8)
     axes[0].set(ylabel="u / k$_B$T", ylim=window, title="energy; share below MD's highest")
     for axis, (title, torsions) in zip(axes[1:], maps.items(), strict=True):
         extent = [[-180, 180], [-180, 180]]
