@@ -12,6 +12,7 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ FLOWS = {"affine": affine_flow, "spline": spline_flow}
 
 def run(couplings: str, name: str, steps: int, seed: int, output: Path) -> dict[str, Any]:
     """Train one variant; its numbers, kept in a file of its own."""
-    record_file = output / f"{couplings}-{name}-{steps}-{seed}.json".replace(" ", "-")
+    record_file = output / (re.sub(r"\W+", "-", f"{couplings} {name} {steps} {seed}") + ".json")
     if record_file.exists():
         return json.loads(record_file.read_text())
     torch.set_num_threads(1)
