@@ -8,7 +8,7 @@ from nflows.transforms.base import CompositeTransform, InverseTransform, Transfo
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
-from p4flows.linalg import capacitance, inverse_small
+from p4flows.linalg import capacitance, inverse_small, multiply_transposed
 from p4flows.matrices import InvertibleMatrix, MergeBounds
 from p4flows.matrices.invertible_autograd import is_autocast
 from p4flows.transforms.bent import BentIdentity
@@ -108,7 +108,7 @@ class BentStack(Transform):
         # that begins with an activation and ends with an affine map.
         w, g = capacitance(matrix.inverse_frozen, matrix.u, matrix.v)
         u = -(w @ inverse_small(g)).flip(0)
-        v = (matrix.inverse_frozen.mT @ matrix.v).flip(0)
+        v = multiply_transposed(matrix.inverse_frozen, matrix.v).flip(0)
         frozen = matrix.inverse_frozen.flip(0)
         bias = -self._solve_bias().flip(0)
         outputs, logabsdet = BentIdentity()(inputs)
