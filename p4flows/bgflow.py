@@ -221,14 +221,15 @@ class BentStackFlow(TransformFlow):
     Args:
         dim: n.
         blocks: number of blocks.
-        **options: those of `BentStack`: rank, bounds.
+        **options: those of `BentStack`: rank, bounds, perturbation.
 
     Raises:
         TypeError: as `BentStack`.
         ValueError: as `BentStack`.
 
     Example:
-        >>> sum(p.numel() for p in BentStackFlow(2, blocks=100).parameters())
+        >>> flow = BentStackFlow(2, blocks=100, rank=1, perturbation="additive")
+        >>> sum(p.numel() for p in flow.parameters())
         1200
     """
 
@@ -242,7 +243,8 @@ def realnvp_flow(
     hidden: tuple[int, ...] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
     *,
-    rank: int = 1,
+    rank: int | None = 1,
+    perturbation: Literal["relative", "additive"] = "additive",
     shift_activation: type[nn.Module] = nn.ReLU,
     scale_activation: type[nn.Module] = nn.Tanh,
 ) -> SequentialFlow:
@@ -257,7 +259,9 @@ def realnvp_flow(
         hidden: widths of the hidden layers of the shift and scale nets.
         swap: "p4" for P4Inv layers with bias that start as the reverse permutation,
             "permutation" for exchanging the two channels.
-        rank: number of columns of u and v of the P4Inv layers.
+        rank: number of columns of u and v of the P4Inv layers; 1 is the paper, None the default
+            of `P4InvFlow`.
+        perturbation: "additive" is the paper, "relative" the default of `P4InvFlow`.
         shift_activation: class of the hidden activation of the shift nets.
         scale_activation: class of the hidden activation of the scale nets.
 
@@ -289,7 +293,8 @@ def realnvp_flow(
         )
         layers += [SplitFlow(first), CouplingFlow(transformer)]
         if swap == "p4":
-            layers += [MergeFlow(first), P4InvFlow(dim, rank=rank, init="reverse")]
+            mixing = P4InvFlow(dim, rank=rank, init="reverse", perturbation=perturbation)
+            layers += [MergeFlow(first), mixing]
         else:
             layers += [SwapFlow(), MergeFlow(dim - first)]
     return SequentialFlow(layers)

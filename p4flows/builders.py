@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from nflows.flows.base import Flow
 
 
-def bent_stacked_flow(features: int, blocks: int, *, rank: int = 1, fused: bool = True) -> "Flow":
+def bent_stacked_flow(
+    features: int,
+    blocks: int,
+    *,
+    rank: int | None = 1,
+    fused: bool = True,
+    perturbation: Literal["relative", "additive"] = "additive",
+) -> "Flow":
     """Stacked P4Inv layers with Bent identities between them (Section 2.5, Appendix G).
 
     A block is [P4Inv, Bent identity, P4Inv, inverse Bent identity], matrices start as identity.
@@ -22,8 +29,9 @@ def bent_stacked_flow(features: int, blocks: int, *, rank: int = 1, fused: bool 
     Args:
         features: dimension n of the data.
         blocks: number of blocks; a block has 2·(2·rank + 1)·n trainable parameters.
-        rank: number of columns of u and v.
+        rank: number of columns of u and v; 1 is the paper, None the default of `P4InvTransform`.
         fused: whether to run all blocks as one `BentStack`.
+        perturbation: "additive" is the paper, "relative" the default of `P4InvTransform`.
 
     Returns:
         An `nflows.flows.Flow`, data → noise in the forward direction, standard normal base.
@@ -41,13 +49,13 @@ def bent_stacked_flow(features: int, blocks: int, *, rank: int = 1, fused: bool 
     """
     check_positive_int("blocks", blocks)
     if fused:
-        return _flow(BentStack(features, blocks, rank=rank), features)
+        return _flow(BentStack(features, blocks, rank=rank, perturbation=perturbation), features)
     transforms: list[Transform] = []
     for _ in range(blocks):
         transforms += [
-            P4InvTransform(features, rank=rank),
+            P4InvTransform(features, rank=rank, perturbation=perturbation),
             BentIdentity(),
-            P4InvTransform(features, rank=rank),
+            P4InvTransform(features, rank=rank, perturbation=perturbation),
             InverseTransform(BentIdentity()),
         ]
     return _flow(CompositeTransform(transforms), features)
@@ -59,7 +67,8 @@ def realnvp_flow(
     *,
     hidden: Sequence[int] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
-    rank: int = 1,
+    rank: int | None = 1,
+    perturbation: Literal["relative", "additive"] = "additive",
     shift_activation: type[nn.Module] = nn.ReLU,
     scale_activation: type[nn.Module] = nn.Tanh,
 ) -> "Flow":
@@ -73,7 +82,9 @@ def realnvp_flow(
         hidden: widths of the hidden layers of the shift and scale nets.
         swap: "p4" for P4Inv layers with bias that start as the reverse permutation,
             "permutation" for exchanging the two channels.
-        rank: number of columns of u and v of the P4Inv layers.
+        rank: number of columns of u and v of the P4Inv layers; 1 is the paper, None the default
+            of `P4InvTransform`.
+        perturbation: "additive" is the paper, "relative" the default of `P4InvTransform`.
         shift_activation: class of the hidden activation of the shift nets.
         scale_activation: class of the hidden activation of the scale nets.
 
@@ -96,7 +107,9 @@ def realnvp_flow(
     for _ in range(2 * blocks):
         coupling = AffineCoupling(features, hidden, shift_activation, scale_activation)
         if swap == "p4":
-            mixing: Transform = P4InvTransform(features, rank=rank, init="reverse")
+            mixing: Transform = P4InvTransform(
+                features, rank=rank, init="reverse", perturbation=perturbation
+            )
         else:
             mixing = Permutation(arange(features).roll(-coupling.conditioning))
         transforms += [coupling, mixing]

@@ -105,6 +105,27 @@ def logabsdet_small(g: Tensor) -> Tensor:
     return torch.linalg.slogdet(g).logabsdet
 
 
+def log_singular_values(g: Tensor) -> Tensor:
+    """Logarithms of the singular values of k × k matrices; NaN where one is not finite.
+
+    Args:
+        g: shape `(*batch, k, k)`.
+
+    Returns:
+        Tensor of shape `(*batch, k)`.
+
+    Example:
+        >>> log_singular_values(torch.tensor([[0.0, -1.0], [1.0, 0.0]])).abs().max().item() < 1e-6
+        True
+    """
+    if g.shape[-1] == 1:
+        return torch.log(torch.abs(g[..., 0]))
+    finite = g.isfinite().flatten(-2).all(-1)[..., None]
+    # LAPACK raises an exception where it meets NaN.
+    values = torch.linalg.svdvals(torch.where(finite[..., None], g, 0.0))
+    return torch.where(finite, torch.log(values), torch.nan)
+
+
 def inverse_small(g: Tensor) -> Tensor:
     """Inverse of k × k matrices; a singular one gives non-finite numbers and no exception.
 

@@ -4,7 +4,7 @@ import dataclasses
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,12 @@ class MergeHook:
         every: N, optimizer steps between merges.
         force_every: N_force, merges between forced ones; None is never.
         correct_every: N_correct, merges between corrections of the inverse; None is never.
-        restart: whose optimizer state starts anew when v is redrawn: "v", so that u keeps its
-            momentum, "both", or "carry": momentum that points along the old v is carried over to
-            the new one, second moments stay, which trains faster with Adam. `LBFGS` keeps one
-            history for all parameters together; it starts anew as a whole.
-        draw: how v is redrawn: "normal", independently as in the paper, or "basis", in turn from
-            the columns of random orthogonal bases, which trains faster where N is large.
+        restart: what happens to the optimizer's state when v is redrawn. "carry": momentum that
+            points along the old v is carried over to the new one, second moments stay. "v" (the
+            paper): the state of v starts anew, u keeps its own. `LBFGS` keeps one history for all
+            parameters together; it starts anew as a whole.
+        draw: how v is redrawn: "basis", in turn from the columns of random orthogonal bases, or
+            "normal", independently (the paper).
 
     Attributes:
         stats: a `MergeStats`.
@@ -107,11 +107,11 @@ class MergeHook:
         module: nn.Module,
         optimizer: Optimizer,
         *,
-        every: int = 100,
+        every: int = 50,
         force_every: int | None = 10,
         correct_every: int | None = 50,
-        restart: Literal["v", "both", "carry"] = "v",
-        draw: Draw = "normal",
+        restart: Literal["carry", "v"] = "carry",
+        draw: Draw = "basis",
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -121,8 +121,8 @@ class MergeHook:
         for name, interval in (("force_every", force_every), ("correct_every", correct_every)):
             if interval is not None:
                 check_positive_int(name, interval)
-        if restart not in ("v", "both", "carry"):
-            raise ValueError(f"restart must be 'v', 'both' or 'carry', got {restart!r}")
+        if restart not in ("carry", "v"):
+            raise ValueError(f"restart must be 'carry' or 'v', got {restart!r}")
         if draw not in get_args(Draw):
             raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
         self.every = every
@@ -143,6 +143,38 @@ class MergeHook:
         for matrix in self._matrices.values():
             _drivers[matrix] = weakref.ref(self)
         self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    @classmethod
+    def paper(
+        cls,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int = 100,
+        force_every: int | None = 10,
+        correct_every: int | None = 50,
+    ) -> Self:
+        """A hook with the paper's settings: independent draws of v, whose state starts anew.
+
+        Args:
+            module: as in the constructor.
+            optimizer: as in the constructor.
+            every: N; 100 in the paper's Section 4.3, 10 in Section 4.2.
+            force_every: N_force.
+            correct_every: N_correct.
+
+        Returns:
+            The hook.
+        """
+        return cls(
+            module,
+            optimizer,
+            every=every,
+            force_every=force_every,
+            correct_every=correct_every,
+            restart="v",
+            draw="normal",
+        )
 
     def is_active(self) -> bool:
         """Whether an optimizer still calls this hook."""
@@ -239,7 +271,7 @@ class MergeHook:
             carry_momentum(optimizer, matrix.u, before, matrix.v, outcome.merged)
             restart_momentum(optimizer, matrix.v, outcome.merged)
         # The state of what was not finite is not finite either: it restarts in any case.
-        restart_parameter(optimizer, matrix.u, redrawn if self.restart == "both" else outcome.reset)
+        restart_parameter(optimizer, matrix.u, outcome.reset)
         restart_parameter(
             optimizer, matrix.v, outcome.reset if self.restart == "carry" else redrawn
         )
@@ -260,7 +292,7 @@ def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, Pe
         f"{name}.{factor}"
         for name, matrix in matrices.items()
         for factor, parameter in matrix.named_parameters()
-        if id(parameter) not in held
+        if parameter.requires_grad and id(parameter) not in held
     ]
     if missing:
         raise ValueError(

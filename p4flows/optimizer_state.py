@@ -85,7 +85,8 @@ def carry_momentum(
         where: boolean tensor of shape `batch`: for which matrices.
     """
     momenta = _momenta(optimizer, u)
-    if momenta:
+    # At full rank the directions stay, and the averages are those of the new ones to the last bit.
+    if momenta and not torch.equal(before, after):
         transport = inverse_small(before.mT @ before) @ (before.mT @ after)
         # Columns of v that are not independent determine nothing.
         transport = torch.nan_to_num(transport, 0.0, 0.0, 0.0)

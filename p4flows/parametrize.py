@@ -1,5 +1,7 @@
 """Weights of any module as perturbed matrices, through `torch.nn.utils.parametrize`."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
@@ -52,8 +54,9 @@ def invertible(
     module: nn.Module,
     name: str = "weight",
     *,
-    rank: int = 1,
+    rank: int | None = None,
     bounds: MergeBounds = MergeBounds(),
+    perturbation: Literal["relative", "additive"] = "relative",
 ) -> nn.Module:
     """Make a weight an `InvertibleMatrix`, whose inverse and log-determinant stay at hand.
 
@@ -64,8 +67,9 @@ def invertible(
         module: holds the weight; it is changed.
         name: its name; a parameter or buffer of shape `(*batch, n, n)`. Assigning an invertible
             tensor to it takes that matrix over.
-        rank: number k of columns of u and v.
+        rank: number k of columns of u and v; None is n up to 64 and 8√n beyond.
         bounds: when a merge is accepted.
+        perturbation: "relative" or "additive" (the paper); see `InvertibleMatrix`.
 
     Returns:
         The module.
@@ -90,6 +94,7 @@ def invertible(
         rank=rank,
         init=weight,
         bounds=bounds,
+        perturbation=perturbation,
     )
     return register_parametrization(module, name, matrix)
 

@@ -1,6 +1,7 @@
 """Perturbed matrices: frozen, with a small trainable perturbation on top (paper, Section 2)."""
 
-from p4flows.matrices.invertible import InvertibleMatrix, MergeBounds
+from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.invertible import InvertibleMatrix
 from p4flows.matrices.orthogonal import OrthogonalMatrix
 from p4flows.matrices.perturbed import MergeOutcome, PerturbedMatrix
 

@@ -1,115 +1,72 @@
 """InvertibleMatrix: P4Inv, with the inverse and the log-determinant kept at hand (2.2–2.4)."""
 
-import dataclasses
 import math
-from typing import Any, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from p4flows.arguments import check_positive_int
 from p4flows.linalg import (
-    capacitance,
     inverse_small,
-    multiply_transposed,
+    log_singular_values,
     refine_inverse,
     residual,
     slogdet_small,
 )
-from p4flows.matrices.invertible_autograd import Multiply, Solve, needs_plain_operations
-from p4flows.matrices.perturbed import PerturbedMatrix
+from p4flows.matrices.additive import Additive
+from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
+from p4flows.matrices.perturbed import Draw, PerturbedMatrix
+from p4flows.matrices.relative import Relative
 
-Interval = tuple[float, float]
-_UNBOUNDED: Interval = (-math.inf, math.inf)
+_PERTURBATIONS: dict[str, Perturbation] = {kind.name: kind for kind in (Relative(), Additive())}
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeBounds:
-    """When a merge is accepted and where the penalty starts (paper, Appendix A).
+def default_rank(size: int) -> int:
+    """The rank at which training learned most in a second: n up to 64, 8√n beyond.
 
-    With G = I + vᵀA⁻¹u, a merge multiplies det A by det G. Each field is an interval (low, high).
+    At rank n one basis of directions is all there is, and Adam's state survives every merge; the
+    thin products of rank 8√n cost less the larger n is (benchmarks/learning.py).
 
     Args:
-        update: bounds on ln|det G|, C⁽⁰⁾ in the paper.
-        logabsdet: bounds on ln|det G · det A|, C⁽¹⁾ in the paper.
-        penalty_update: the penalty is zero while ln|det G| is inside.
-        penalty_logabsdet: the penalty is zero while ln|det G · det A| is inside.
+        size: n.
 
-    The default bounds the change and leaves the determinant itself free: absolute bounds on
-    ln|det A| forbid ordinary scaling in high dimensions (2·I₃₂ has 22, beyond the paper's 15.5).
-
-    Raises:
-        TypeError: when an interval is not a pair of numbers.
-        ValueError: when low is not below high.
+    Returns:
+        The rank.
 
     Example:
-        >>> MergeBounds.paper().logabsdet
-        (-2.5, 15.5)
-        >>> MergeBounds(update=(-4.0, 4.0)).logabsdet
-        (-inf, inf)
+        >>> [default_rank(n) for n in (2, 63, 255, 1023)]
+        [2, 63, 128, 256]
     """
-
-    update: Interval = (-6.0, 6.0)
-    logabsdet: Interval = _UNBOUNDED
-    penalty_update: Interval = (-2.0, 6.0)
-    penalty_logabsdet: Interval = _UNBOUNDED
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            interval = getattr(self, field.name)
-            if (
-                not isinstance(interval, tuple)
-                or len(interval) != 2
-                or not all(isinstance(bound, int | float) for bound in interval)
-            ):
-                raise TypeError(f"{field.name} must be a pair of numbers, got {interval!r}")
-            if not interval[0] < interval[1]:
-                raise ValueError(f"{field.name} must have low < high, got {interval}")
-
-    @classmethod
-    def paper(cls) -> Self:
-        """The constants of Appendix A."""
-        return cls(
-            update=(-6.0, math.inf),
-            logabsdet=(-2.5, 15.5),
-            penalty_update=(-2.0, 15.0),
-            penalty_logabsdet=(-2.0, 15.0),
-        )
-
-    def accept(self, update: Tensor, logabsdet: Tensor) -> Tensor:
-        """Where ln|det G| and ln|det G · det A| are both inside their bounds."""
-        return (
-            (self.update[0] <= update)
-            & (update <= self.update[1])
-            & (self.logabsdet[0] <= logabsdet)
-            & (logabsdet <= self.logabsdet[1])
-        )
-
-    def penalty(self, update: Tensor, logabsdet: Tensor) -> Tensor:
-        """g(u, v)/C_p of Appendix A: squared distances to the penalty intervals."""
-        outside = (
-            update - update.clamp(*self.penalty_update),
-            logabsdet - logabsdet.clamp(*self.penalty_logabsdet),
-        )
-        return outside[0].square() + outside[1].square()
+    return min(size, round(8 * math.sqrt(size)))
 
 
 class InvertibleMatrix(PerturbedMatrix):
-    """Invertible matrices with rank-k perturbations Ã = A + u vᵀ (P4Inv, Sections 2.2–2.4).
+    """Invertible matrices with rank-k perturbations (P4Inv, Sections 2.2–2.4).
 
     The inverse and the log-determinant of A are stored beside it. Reading Ã, its inverse and its
     determinant goes through the Woodbury identity and the determinant lemma (equations 3 and 4),
     and so does a merge: O(n²k). Only `correct` costs O(n³).
 
+    Two perturbations are known:
+
+    - "relative": Ã = (I + u vᵀ) A. u sees the relative gradient (∂J/∂A)Aᵀ, which does not depend on
+      the scale or condition of A; v is not trained, but dealt from a random orthogonal basis, and
+      at rank n is that basis for good. Neither Ã x nor ln|det Ã| needs A⁻¹.
+    - "additive": Ã = A + u vᵀ, u and v trained (the paper). It can cross det A = 0.
+
     Args:
         size: n.
         batch_shape: a batch of independent matrices.
-        rank: number k of columns of u and v; 1 is the paper.
+        rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
         init: "identity", "reverse" (A_ij = δ_i(n−j)) or a tensor of shape `(n, n)` or
             `(*batch_shape, n, n)`, which then gives dtype and device.
         bounds: when a merge is accepted.
+        perturbation: "relative" or "additive" (the paper).
 
     Attributes:
+        perturbation: as given.
         frozen: buffer, A, shape `(*batch_shape, n, n)`.
         inverse_frozen: buffer, A⁻¹.
         sign: buffer, sign of det A, shape `batch_shape`.
@@ -143,14 +100,33 @@ class InvertibleMatrix(PerturbedMatrix):
         size: int,
         *,
         batch_shape: tuple[int, ...] = (),
-        rank: int = 1,
+        rank: int | None = None,
         init: str | Tensor = "identity",
         bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
     ) -> None:
         if not isinstance(bounds, MergeBounds):
             raise TypeError(f"bounds must be MergeBounds, got {type(bounds).__name__}")
-        super().__init__(size, batch_shape, rank, init)
+        if perturbation not in _PERTURBATIONS:
+            raise ValueError(f"perturbation must be 'relative' or 'additive', got {perturbation!r}")
+        check_positive_int("size", size)
+        self.perturbation = perturbation
+        super().__init__(size, batch_shape, default_rank(size) if rank is None else rank, init)
         self.bounds = bounds
+        self.v.requires_grad_(self._kind.trains_v)
+        self._version = self._kind.layout_version
+
+    @property
+    def _kind(self) -> Perturbation:
+        return _PERTURBATIONS[self.perturbation]
+
+    @property
+    def _first_draw(self) -> Draw:
+        return self._kind.first_draw
+
+    @property
+    def _scale(self) -> float:
+        return self._kind.scale(self.size)
 
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         """A with its inverse and log-determinant, computed once in float64."""
@@ -182,11 +158,7 @@ class InvertibleMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of x. Cost O(n²N).
         """
-        if self.batch_shape:
-            y = x @ self.frozen.mT
-            y = y if bias is None else y + bias.unsqueeze(-2)
-            return y + (x @ self.v) @ self.u.mT
-        return torch.addmm(F.linear(x, self.frozen, bias), x @ self.v, self.u.mT)
+        return self._kind.multiply(x, bias, self.u, self.v, self.frozen)
 
     def solve(self, y: Tensor) -> Tensor:
         """Ã⁻¹ y for rows y, by the Sherman–Morrison–Woodbury identity (equation 3).
@@ -197,9 +169,7 @@ class InvertibleMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of y. Cost O(n²N).
         """
-        w, g = capacitance(self.inverse_frozen, self.u, self.v)
-        x = y @ self.inverse_frozen.mT
-        return x - (x @ self.v) @ (w @ inverse_small(g)).mT
+        return self._kind.solve(y, self.u, self.v, self.inverse_frozen)
 
     def multiply_and_logabsdet(
         self, x: Tensor, bias: Tensor | None = None
@@ -207,7 +177,7 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
         if needs_plain_operations(x):
             return super().multiply_and_logabsdet(x, bias)
-        return Multiply.apply(  # type: ignore[no-untyped-call]
+        return self._kind.multiply_and_logabsdet(
             x, bias, self.u, self.v, self.frozen, *self._inverse_and_logabsdet()
         )
 
@@ -215,43 +185,55 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
         if needs_plain_operations(y):
             return super().solve_and_logabsdet(y, bias)
-        return Solve.apply(  # type: ignore[no-untyped-call]
+        return self._kind.solve_and_logabsdet(
             y, bias, self.u, self.v, *self._inverse_and_logabsdet()
         )
 
     def _inverse_and_logabsdet(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.inverse_frozen, self.logabsdet_frozen, self.logabsdet_carry
 
+    def capacitance(self) -> Tensor:
+        """G with det Ã = det G · det A (equation 4), shape `(*batch_shape, k, k)`, in O(n²k)."""
+        return self._kind.capacitance(self.inverse_frozen, self.u, self.v)
+
+    def right_factor(self) -> Tensor:
+        """V with Ã = A + u Vᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
+        return self._kind.right_factor(self.frozen, self.v)
+
+    def inverse_factors(self) -> tuple[Tensor, Tensor]:
+        """W and Z with Ã⁻¹ = A⁻¹ − W Zᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
+        w, z = self._kind.inverse_factors(self.inverse_frozen, self.u, self.v)
+        return w @ inverse_small(self.capacitance()), z
+
     def dense(self) -> Tensor:
-        """Ã = A + u vᵀ (equation 5), shape `(*batch_shape, n, n)`."""
-        return self.frozen + self.u @ self.v.mT
+        """Ã = A + u Vᵀ (equation 5), shape `(*batch_shape, n, n)`."""
+        return self.frozen + self.u @ self.right_factor().mT
 
     def inverse(self) -> Tensor:
         """Ã⁻¹ (equation 3), shape `(*batch_shape, n, n)`."""
-        w, g = capacitance(self.inverse_frozen, self.u, self.v)
-        return self.inverse_frozen - (w @ inverse_small(g)) @ (self.v.mT @ self.inverse_frozen)
+        w, z = self.inverse_factors()
+        return self.inverse_frozen - w @ z.mT
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and log absolute determinant of Ã (equation 4), each of shape `batch_shape`."""
-        sign, update = slogdet_small(capacitance(self.inverse_frozen, self.u, self.v)[1])
+        sign, update = slogdet_small(self.capacitance())
         return self.sign * sign, self.logabsdet_frozen + (self.logabsdet_carry + update)
 
     def penalty(self) -> Tensor:
         """g(u, v)/C_p of Appendix A, shape `batch_shape`; multiply by a strength of your own."""
-        _, update = slogdet_small(capacitance(self.inverse_frozen, self.u, self.v)[1])
+        _, update = slogdet_small(self.capacitance())
         return self.bounds.penalty(update, self.logabsdet_frozen + update)
 
     def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
         """Algorithm 2; in place, without temporaries of the size of A."""
-        w, g = capacitance(self.inverse_frozen, self.u, self.v)
-        z = multiply_transposed(self.inverse_frozen, self.v)
-        w_scaled = w @ inverse_small(g)
+        g, right = self.capacitance(), self.right_factor()
+        w, z = self.inverse_factors()
         sign, update = slogdet_small(g)
-        sane = self.bounds.accept(update, self.logabsdet_frozen + update)
+        sane = self.bounds.accept(log_singular_values(g), self.logabsdet_frozen + update)
         # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge. An
         # infinite update is a singular G or one that overflowed.
-        size_frozen = _largest(self.frozen) + _largest_product(self.u, self.v)
-        size_inverse = _largest(self.inverse_frozen) + _largest_product(w_scaled, z)
+        size_frozen = _largest(self.frozen) + _largest_product(self.u, right)
+        size_inverse = _largest(self.inverse_frozen) + _largest_product(w, z)
         finite = update.isfinite() & size_frozen.isfinite() & size_inverse.isfinite()
         possible = candidates & finite
         merged = possible & (sane | force)
@@ -262,8 +244,8 @@ class InvertibleMatrix(PerturbedMatrix):
             return torch.where(column, factor, 0.0).reshape(-1, self.size, self.rank)
 
         n = self.size
-        self.frozen.view(-1, n, n).baddbmm_(masked(self.u), masked(self.v).mT)
-        self.inverse_frozen.view(-1, n, n).baddbmm_(masked(w_scaled), masked(z).mT, alpha=-1)
+        self.frozen.view(-1, n, n).baddbmm_(masked(self.u), masked(right).mT)
+        self.inverse_frozen.view(-1, n, n).baddbmm_(masked(w), masked(z).mT, alpha=-1)
         self.sign.mul_(torch.where(merged, sign, 1.0))
         self._add_to_logabsdet(torch.where(merged, update, 0.0))
         return merged, merged & ~sane
@@ -319,7 +301,25 @@ class InvertibleMatrix(PerturbedMatrix):
 
     def layout(self) -> tuple[Any, ...]:
         """What two matrices must have in common to be stacked."""
-        return (*super().layout(), self.bounds)
+        return (*super().layout(), self.bounds, self.perturbation)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        for kind in _PERTURBATIONS.values():
+            # The tensors are of the same names and shapes, and mean another matrix.
+            if kind.layout_version == version and kind.name != self.perturbation:
+                raise RuntimeError(
+                    f"{prefix.rstrip('.') or type(self).__name__} was saved with "
+                    f"perturbation={kind.name!r} and has {self.perturbation!r}: build it with "
+                    f"perturbation={kind.name!r} to load it"
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def extra_repr(self) -> str:
+        """Size, batch shape, rank and perturbation, for `repr`."""
+        return f"{super().extra_repr()}, perturbation={self.perturbation!r}"
 
 
 def _largest(matrix: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
-        v: parameter, same shape, drawn so that E[v vᵀ] = I at every rank, from N(0, I/rank) at
-            first.
+        v: parameter, same shape, drawn so that E[v vᵀ] is the same multiple of I at every rank.
         frozen: buffer, A.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
@@ -119,6 +118,16 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.register_buffer("seed", seed.to(frozen.device))
         self.register_buffer("draws", torch.zeros_like(self.seed))
         self.reset()
+
+    @property
+    def _first_draw(self) -> Draw:
+        """How v is drawn at first and after a reset."""
+        return "normal"
+
+    @property
+    def _scale(self) -> float:
+        """The length of v, relative to E[v vᵀ] = I."""
+        return 1.0
 
     @property
     def size(self) -> int:
@@ -225,7 +234,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             force: as in `merge`.
             draw: how v is drawn anew. "normal": from N(0, I/rank), independent of all draws before
                 (the paper). "basis": the next columns of a random orthogonal basis, of the same
-                length, so that n/rank merges in a row visit every direction equally.
+                length, so that n/rank merges in a row visit every direction equally; at rank n the
+                first basis stays.
 
         Returns:
             What was merged, what of it by force, and what was reset.
@@ -238,7 +248,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     @torch.no_grad()
     def reset(self) -> None:
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
-        self._restart(torch.ones_like(self.draws, dtype=torch.bool))
+        self._restart(torch.ones_like(self.draws, dtype=torch.bool), self._first_draw)
 
     @torch.no_grad()
     def assign(self, init: str | Tensor) -> None:
@@ -266,10 +276,14 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.assign(matrix)
         return ()
 
-    def _restart(self, where: Tensor, draw: Draw = "normal") -> None:
+    def _restart(self, where: Tensor, draw: Draw) -> None:
         """Set u to zero and redraw v for the matrices in `where`."""
-        fresh = _DRAWS[draw](self.seed, self.draws, (self.size, self.rank))
-        fresh = fresh.to(self.v.dtype) / math.sqrt(self.rank)
+        # All directions are in the first basis already: in another one, an optimizer's averages of
+        # squares would be those of other directions.
+        stays = draw == "basis" and self.rank == self.size
+        counter = torch.zeros_like(self.draws) if stays else self.draws
+        fresh = _DRAWS[draw](self.seed, counter, (self.size, self.rank))
+        fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(self.v.dtype)
         column = where[..., None, None]
         self.u.masked_fill_(column, 0.0)
         self.v.copy_(torch.where(column, fresh, self.v))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from p4flows.matrices.invertible_autograd import needs_plain_operations
+from p4flows.matrices.perturbation import needs_plain_operations
 
 # Up to here Ã is formed for all layers at once and multiplies s and hypot in one product; beyond,
 # that product costs more than forming r and going through u and v (benchmarks/stack.py shows the

@@ -2,15 +2,15 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
-from p4flows.linalg import capacitance, inverse_small, multiply_transposed
 from p4flows.matrices import InvertibleMatrix, MergeBounds
-from p4flows.matrices.invertible_autograd import is_autocast
+from p4flows.matrices.perturbation import is_autocast
 from p4flows.transforms.bent import BentIdentity
 from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
 from p4flows.transforms.linear import P4InvTransform
@@ -26,8 +26,9 @@ class BentStack(Transform):
     Args:
         features: n.
         blocks: number of blocks; there are 2·blocks matrices.
-        rank: number k of columns of u and v; 1 is the paper.
+        rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
         bounds: when a merge is accepted.
+        perturbation: "relative" or "additive" (the paper); see `InvertibleMatrix`.
 
     Attributes:
         matrix: `InvertibleMatrix` of `batch_shape = (2·blocks,)`, in the order of the forward pass.
@@ -57,15 +58,20 @@ class BentStack(Transform):
         features: int,
         blocks: int,
         *,
-        rank: int = 1,
+        rank: int | None = None,
         bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
     ) -> None:
         check_positive_int("features", features)
         check_positive_int("blocks", blocks)
         super().__init__()
         self.features = features
         self.matrix = InvertibleMatrix(
-            features, batch_shape=(2 * blocks,), rank=rank, bounds=bounds
+            features,
+            batch_shape=(2 * blocks,),
+            rank=rank,
+            bounds=bounds,
+            perturbation=perturbation,
         )
         self.bias = nn.Parameter(self.matrix.frozen.new_zeros(2 * blocks, features))
 
@@ -92,7 +98,12 @@ class BentStack(Transform):
         with self._full_precision(inputs) as rows:
             matrix = self.matrix
             outputs, logabsdet = bent_cascade(
-                rows, matrix.frozen, matrix.u, matrix.v, self.bias, (BENT, INVERSE_BENT)
+                rows,
+                matrix.frozen,
+                matrix.u,
+                matrix.right_factor(),
+                self.bias,
+                (BENT, INVERSE_BENT),
             )
             return outputs, logabsdet + matrix.slogdet()[1].sum()
 
@@ -104,11 +115,10 @@ class BentStack(Transform):
 
     def _inverse(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         matrix = self.matrix
-        # Ã⁻¹ = A⁻¹ − w G⁻¹ zᵀ is a rank-k perturbation of A⁻¹, so it is the same cascade, but one
-        # that begins with an activation and ends with an affine map.
-        w, g = capacitance(matrix.inverse_frozen, matrix.u, matrix.v)
-        u = -(w @ inverse_small(g)).flip(0)
-        v = multiply_transposed(matrix.inverse_frozen, matrix.v).flip(0)
+        # Ã⁻¹ = A⁻¹ − w zᵀ is a rank-k perturbation of A⁻¹, so it is the same cascade, but one that
+        # begins with an activation and ends with an affine map.
+        w, z = matrix.inverse_factors()
+        u, v = -w.flip(0), z.flip(0)
         frozen = matrix.inverse_frozen.flip(0)
         bias = -self._solve_bias().flip(0)
         outputs, logabsdet = BentIdentity()(inputs)
@@ -144,7 +154,12 @@ class BentStack(Transform):
         transforms: list[Transform] = []
         layers = []
         for index in range(len(self.bias)):
-            layer = P4InvTransform(self.features, rank=matrix.rank, bounds=matrix.bounds)
+            layer = P4InvTransform(
+                self.features,
+                rank=matrix.rank,
+                bounds=matrix.bounds,
+                perturbation=matrix.perturbation,
+            )
             layer = layer.to(self.bias)
             assert layer.bias is not None
             layer.bias.copy_(self.bias[index])
@@ -191,7 +206,13 @@ class BentStack(Transform):
                 f"InverseTransform(BentIdentity)] with bias, got {composite}"
             )
         matrix = InvertibleMatrix.stack([layer.matrix for layer in layers])
-        stack = cls(matrix.size, len(layers) // 2, rank=matrix.rank, bounds=matrix.bounds)
+        stack = cls(
+            matrix.size,
+            len(layers) // 2,
+            rank=matrix.rank,
+            bounds=matrix.bounds,
+            perturbation=matrix.perturbation,
+        )
         stack.matrix = matrix
         stack.bias = nn.Parameter(torch.stack(biases))
         return stack

@@ -1,7 +1,7 @@
 """Linear layers whose weight is a perturbed matrix, drop-ins for nflows' `LULinear`."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nflows.transforms.linear import Linear, LinearCache
@@ -155,17 +155,20 @@ class PerturbedLinear(Linear):
 class P4InvTransform(PerturbedLinear):
     """Linear layer with a free invertible matrix, trained by P4Inv updates (Section 2.3).
 
-    A drop-in for nflows' `LULinear` that reaches all of GL(n). A is frozen, u and v (2·n·rank
-    numbers) and the bias are trained; a `MergeHook` on the optimizer carries them into A.
+    A drop-in for nflows' `LULinear`. A is frozen, a perturbation of it (n·rank numbers; twice as
+    many with perturbation="additive") and the bias are trained; a `MergeHook` on the optimizer
+    carries the perturbation into A.
 
     Args:
         features: n.
-        rank: number k of columns of u and v; 1 is the paper.
+        rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
         init: "identity", "reverse" (A_ij = δ_i(n−j)), a tensor of shape `(n, n)`, which then gives
             dtype and device, or another nflows `Linear`, whose weight and bias are taken over.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
         bounds: when a merge is accepted.
+        perturbation: "relative", Ã = (I + u vᵀ) A, which learns most in a second, or "additive",
+            Ã = A + u vᵀ, the paper's, which can cross det A = 0; see `InvertibleMatrix`.
 
     Attributes:
         matrix: the `InvertibleMatrix`.
@@ -191,16 +194,19 @@ class P4InvTransform(PerturbedLinear):
         self,
         features: int,
         *,
-        rank: int = 1,
+        rank: int | None = None,
         init: str | Tensor | Linear = "identity",
         bias: bool = True,
         using_cache: bool = False,
         bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
     ) -> None:
         check_positive_int("features", features)
         other = init if isinstance(init, Linear) else None
         weight = init if other is None else other.weight()
-        matrix = InvertibleMatrix(features, rank=rank, init=weight, bounds=bounds)
+        matrix = InvertibleMatrix(
+            features, rank=rank, init=weight, bounds=bounds, perturbation=perturbation
+        )
         super().__init__(matrix, bias=bias, using_cache=using_cache)
         if other is not None and other.bias is not None:
             self._take_over_bias(other.bias)

@@ -1,12 +1,12 @@
-"""The two maps of an `InvertibleMatrix` with hand-written gradients.
+"""The additive perturbation R_{u,v}(A) = A + u vᵀ of the paper, with hand-written gradients.
 
-With y = Ã x + b, Ã = A + u vᵀ, and the gradient g of a loss with respect to y, both directions have
+With y = Ã x + b and the gradient g of a loss with respect to y, both directions have
 
     ∂x = Ãᵀ g,   ∂u = Σ g (vᵀx)ᵀ,   ∂v = Σ x (uᵀg)ᵀ,   ∂b = Σ g
 
 where the inverse reverses the sign of the last three; ln|det Ã| adds A⁻ᵀv G⁻ᵀ to ∂u and A⁻¹u G⁻¹
-to ∂v. Autograd finds the same numbers with half as many kernels again: at n = 2 kernels are all the
-cost, at large n each is one more pass over the batch.
+to ∂v, G = I + vᵀA⁻¹u. Autograd finds the same numbers with half as many kernels again: at n = 2
+kernels are all the cost, at large n each is one more pass over the batch.
 """
 
 from typing import Any
@@ -19,11 +19,75 @@ from p4flows.linalg import (
     by_columns,
     capacitance,
     inverse_small,
-    logabsdet_small,
     multiply_transposed,
 )
+from p4flows.matrices.perturbation import Perturbation, for_each_row, logabsdet_perturbed
 
 Gradients = tuple[Tensor | None, ...]
+
+
+class Additive(Perturbation):
+    """R_{u,v}(A) = A + u vᵀ (equation 5): reaches all of GL(n), through det A = 0 as well."""
+
+    name = "additive"
+    layout_version = 1
+    trains_v = True
+    first_draw = "normal"
+
+    def scale(self, size: int) -> float:
+        """One: E[v vᵀ] = I."""
+        return 1.0
+
+    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
+        """V."""
+        return v
+
+    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """G = I + vᵀA⁻¹u."""
+        return capacitance(inverse, u, v)[1]
+
+    def inverse_factors(self, inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A⁻¹u and A⁻ᵀv."""
+        return inverse @ u, multiply_transposed(inverse, v)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        """A x + u (vᵀx) + b."""
+        if a.dim() == 2:
+            return torch.addmm(F.linear(x, a, bias), x @ v, u.mT)
+        y = x @ a.mT
+        y = y if bias is None else y + bias.unsqueeze(-2)
+        return y + (x @ v) @ u.mT
+
+    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
+        """A⁻¹y − A⁻¹u G⁻¹ vᵀA⁻¹y."""
+        w, g = capacitance(inverse, u, v)
+        x = y @ inverse.mT
+        return x - (x @ v) @ (w @ inverse_small(g)).mT
+
+    def multiply_and_logabsdet(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        frozen: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`Multiply`."""
+        return Multiply.apply(x, bias, u, v, frozen, inverse, *logabsdet)  # type: ignore[no-untyped-call]
+
+    def solve_and_logabsdet(
+        self,
+        y: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`Solve`."""
+        return Solve.apply(y, bias, u, v, inverse, *logabsdet)  # type: ignore[no-untyped-call]
 
 
 class Multiply(torch.autograd.Function):
@@ -45,7 +109,7 @@ class Multiply(torch.autograd.Function):
         w, g = capacitance(inverse, columns_u, columns_v)
         y = F.linear(x, frozen, bias).addmm_(x @ columns_v, columns_u.mT)
         ctx.save_for_backward(x, u, v, frozen, inverse, w, inverse_small(g))
-        return y, _for_each_row(_logabsdet(g, *logabsdet), x)
+        return y, for_each_row(logabsdet_perturbed(g, *logabsdet), x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> Gradients:
@@ -87,7 +151,7 @@ class Solve(torch.autograd.Function):
         x = (y if bias is None else y - bias) @ inverse.mT
         x.addmm_(x @ columns_v, (w @ g_inverse).mT, alpha=-1)
         ctx.save_for_backward(x, u, v, inverse, w, g_inverse)
-        return x, _for_each_row(-_logabsdet(g, *logabsdet), x)
+        return x, for_each_row(-logabsdet_perturbed(g, *logabsdet), x)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_log: Tensor) -> Gradients:
@@ -105,29 +169,6 @@ class Solve(torch.autograd.Function):
         grad_v = -torch.addmm(multiply_transposed(x, grad_y_u), w, scaled)
         grad_bias = -grad_y.sum(0) if ctx.needs_input_grad[1] else None
         return grad_y, grad_bias, grad_u, grad_v, None, None, None
-
-
-def is_autocast(device: str) -> bool:
-    """Whether `torch.autocast` is on; the meta device has none to ask about."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def needs_plain_operations(x: Tensor) -> bool:
-    """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or is_autocast(x.device.type)
-    )
-
-
-def _logabsdet(g: Tensor, frozen: Tensor, carry: Tensor) -> Tensor:
-    return logabsdet_small(g).add_(carry).add_(frozen)
-
-
-def _for_each_row(logabsdet: Tensor, x: Tensor) -> Tensor:
-    """As `repeat`, which takes as long as three other kernels."""
-    return logabsdet.expand(len(x)).contiguous()
 
 
 def _differentiable(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,105 @@
+"""What a perturbation R_{u,v} of an invertible matrix has to say of itself, and what all share."""
+
+import abc
+
+import torch
+from torch import Tensor
+
+from p4flows.linalg import logabsdet_small
+from p4flows.matrices.perturbed import Draw
+
+
+class Perturbation(abc.ABC):
+    """A rank-k perturbation R_{u,v}(A) whose determinant and inverse cost O(n²k).
+
+    Whatever the kind, with a capacitance matrix G of shape (k, k),
+
+        Ã = A + u Vᵀ,   Ã⁻¹ = A⁻¹ − W G⁻¹ Zᵀ,   det Ã = det G · det A.
+
+    A kind says what G, V, W and Z are, and how rows go through Ã and Ã⁻¹ without forming either.
+    It holds no state: arguments are those of an `InvertibleMatrix`.
+
+    Attributes:
+        name: as users write it.
+        layout_version: what tells states of the kinds apart in a `state_dict`.
+        trains_v: whether v is trained from the start, or only redrawn.
+        first_draw: how v is drawn at first and after a reset.
+    """
+
+    name: str
+    layout_version: int
+    trains_v: bool
+    first_draw: Draw
+
+    @abc.abstractmethod
+    def scale(self, size: int) -> float:
+        """The length of v, relative to E[v vᵀ] = I."""
+
+    @abc.abstractmethod
+    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
+        """V, shape `(*batch, n, k)`."""
+
+    @abc.abstractmethod
+    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """G, shape `(*batch, k, k)`."""
+
+    @abc.abstractmethod
+    def inverse_factors(self, inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """W and Z, shape `(*batch, n, k)`."""
+
+    @abc.abstractmethod
+    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        """Ã x + b for rows x of shape `(*batch, N, n)`, in operations that autograd knows."""
+
+    @abc.abstractmethod
+    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
+        """Ã⁻¹ y for rows y of shape `(*batch, N, n)`, in operations that autograd knows."""
+
+    @abc.abstractmethod
+    def multiply_and_logabsdet(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        frozen: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ã x + b and ln|det Ã| of each row of a single matrix, with hand-written gradients."""
+
+    @abc.abstractmethod
+    def solve_and_logabsdet(
+        self,
+        y: Tensor,
+        bias: Tensor | None,
+        u: Tensor,
+        v: Tensor,
+        inverse: Tensor,
+        *logabsdet: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ã⁻¹ (y − b) and −ln|det Ã| of each row, with hand-written gradients."""
+
+
+def is_autocast(device: str) -> bool:
+    """Whether `torch.autocast` is on; the meta device has none to ask about."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def needs_plain_operations(x: Tensor) -> bool:
+    """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or is_autocast(x.device.type)
+    )
+
+
+def logabsdet_perturbed(g: Tensor, frozen: Tensor, carry: Tensor) -> Tensor:
+    """ln|det Ã| from G, ln|det A| and what rounding cut off of it."""
+    return logabsdet_small(g).add_(carry).add_(frozen)
+
+
+def for_each_row(logabsdet: Tensor, x: Tensor) -> Tensor:
+    """As `repeat`, which takes as long as three other kernels."""
+    return logabsdet.expand(len(x)).contiguous()
