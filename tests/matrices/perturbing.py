@@ -1,11 +1,13 @@
 """Perturbations far from the identity, and how far a matrix is from torch.linalg."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from p4flows.matrices import InvertibleMatrix
+
+KINDS = ["relative", "additive"]
 
 
 @torch.no_grad()
@@ -14,6 +16,11 @@ def perturb(matrix: InvertibleMatrix, generator: torch.Generator, scale: float =
     for parameter, size in ((matrix.u, scale * matrix.size**-0.5), (matrix.v, 0.1)):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_(size * noise)
+
+
+def additive(size: int, **arguments: Any) -> InvertibleMatrix:
+    """A matrix with the perturbation of the paper, Ã = A + u vᵀ of rank one."""
+    return InvertibleMatrix(size, **{"rank": 1, "perturbation": "additive", **arguments})
 
 
 class Error(NamedTuple):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from matrices.perturbing import error_of, perturb, set_factors
+from matrices.perturbing import KINDS, additive, error_of, perturb, set_factors
 from p4flows.matrices import InvertibleMatrix, MergeBounds
 
 
@@ -56,11 +56,11 @@ def test_a_copy_goes_on_as_the_original_does(copied):
 
 def test_matrices_draw_different_v():
     torch.manual_seed(0)
-    matrix, other = InvertibleMatrix(4), InvertibleMatrix(4, batch_shape=(3,))
+    matrix, other = additive(4), additive(4, batch_shape=(3,))
     drawn = torch.cat([matrix.v.detach().unsqueeze(0), other.v.detach()])
     assert len(drawn.flatten().unique()) == 16
     torch.manual_seed(0)
-    assert torch.equal(InvertibleMatrix(4).v, matrix.v)
+    assert torch.equal(additive(4).v, matrix.v)
 
 
 def test_v_follows_seed_and_counter_that_are_saved():
@@ -77,15 +77,28 @@ def test_v_follows_seed_and_counter_that_are_saved():
 
 def test_a_newer_layout_is_refused():
     matrix, state = moved(), moved().state_dict()
-    assert state._metadata[""]["version"] == 1
-    state._metadata[""]["version"] = 2
-    with pytest.raises(RuntimeError, match=r"InvertibleMatrix .* version 2, newer than 1: update"):
+    assert state._metadata[""]["version"] == 2
+    state._metadata[""]["version"] = 3
+    with pytest.raises(RuntimeError, match=r"InvertibleMatrix .* version 3, newer than 2: update"):
         matrix.load_state_dict(state)
     layers = torch.nn.Sequential(matrix)
     state = layers.state_dict()
-    state._metadata["0"]["version"] = 2
-    with pytest.raises(RuntimeError, match=r"0 was saved with state layout version 2"):
+    state._metadata["0"]["version"] = 3
+    with pytest.raises(RuntimeError, match=r"0 was saved with state layout version 3"):
         layers.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_the_other_perturbation_is_refused(kind):
+    matrix = moved(perturbation=kind)
+    (other,) = set(KINDS) - {kind}
+    state, before = moved(perturbation=other).state_dict(), copy.deepcopy(matrix.state_dict())
+    with pytest.raises(
+        RuntimeError, match=f"saved with perturbation='{other}' and has '{kind}': build it with"
+    ):
+        matrix.load_state_dict(state)
+    for name, value in matrix.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_change_of_dtype():

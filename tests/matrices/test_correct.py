@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from matrices.perturbing import error_of
+from matrices.perturbing import additive, error_of
 from p4flows.matrices import InvertibleMatrix
 
 SIZE = 16
@@ -101,7 +101,7 @@ def test_in_a_batch_each_matrix_has_its_own_fate():
 def test_a_forced_merge_through_the_singular_matrices_is_repaired(dtype):
     """G = 1e-6: the stored inverse loses six digits and more, in float32 all it had."""
     start = torch.eye(SIZE) + 0.3 * SIZE**-0.5 * normal(SIZE, SIZE)
-    matrix = InvertibleMatrix(SIZE, init=start.to(dtype))
+    matrix = additive(SIZE, init=start.to(dtype))
     matrix.u.copy_(normal(SIZE, 1, seed=2))
     matrix.u.mul_((-1 + 1e-6) / (matrix.v.mT @ matrix.inverse_frozen @ matrix.u))
     assert matrix.merge(force=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from matrices.perturbing import perturb, set_factors
+from matrices.perturbing import KINDS, additive, perturb, set_factors
 from p4flows.matrices import InvertibleMatrix, MergeBounds
 
 SIZE = 4
@@ -14,10 +14,16 @@ each_rank = pytest.mark.parametrize("rank", [1, 2, 4])
 each_batch = pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 
 
-def moved(batch=(), rank=1, bounds=MergeBounds(), size=SIZE, merges=3):
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def moved(batch=(), rank=1, bounds=MergeBounds(), size=SIZE, merges=3, kind="additive"):
     """In float64, after several merges and with a perturbation on top."""
     start = torch.eye(size, dtype=torch.float64).flip(0)
-    matrix = InvertibleMatrix(size, batch_shape=batch, rank=rank, init=start, bounds=bounds)
+    matrix = InvertibleMatrix(
+        size, batch_shape=batch, rank=rank, init=start, bounds=bounds, perturbation=kind
+    )
+    matrix.v.requires_grad_()
     generator = torch.Generator().manual_seed(1)
     for _ in range(merges):
         perturb(matrix, generator)
@@ -28,9 +34,11 @@ def moved(batch=(), rank=1, bounds=MergeBounds(), size=SIZE, merges=3):
 
 @each_batch
 @each_rank
-def test_readings_against_torch(rank, batch):
-    matrix = moved(batch, rank)
-    dense = matrix.frozen + torch.einsum("...ik,...jk->...ij", matrix.u, matrix.v)
+@each_kind
+def test_readings_against_torch(kind, rank, batch):
+    matrix = moved(batch, rank, kind=kind)
+    update = torch.einsum("...ik,...jk->...ij", matrix.u, matrix.v)
+    dense = matrix.frozen + (update if kind == "additive" else update @ matrix.frozen)
     assert (matrix.dense() - matrix.frozen).abs().amax((-2, -1)).min() > 0.05
     torch.testing.assert_close(matrix.dense(), dense)
     torch.testing.assert_close(matrix.inverse(), torch.linalg.inv(dense), rtol=1e-9, atol=1e-9)
@@ -44,12 +52,14 @@ def test_readings_against_torch(rank, batch):
     torch.testing.assert_close(matrix.solve(y), x, rtol=1e-9, atol=1e-9)
 
 
-def test_a_negative_determinant_has_its_sign():
-    matrix = moved((40,))
+@each_kind
+def test_a_negative_determinant_has_its_sign(kind):
+    matrix = moved((40,), kind=kind)
     assert set(matrix.slogdet()[0].tolist()) == {-1.0, 1.0}
 
 
 @each_rank
+@each_kind
 @pytest.mark.parametrize(
     "read",
     [
@@ -62,9 +72,9 @@ def test_a_negative_determinant_has_its_sign():
     ],
     ids=["dense", "inverse", "slogdet", "multiply", "solve", "penalty"],
 )
-def test_gradients_of_u_and_v(read, rank):
+def test_gradients_of_u_and_v(read, kind, rank):
     bounds = MergeBounds(penalty_update=(1.0, 2.0), penalty_logabsdet=(-2.0, -1.0))
-    matrix = moved((2,), rank, bounds)
+    matrix = moved((2,), rank, bounds, kind=kind)
 
     def function(u, v):
         return torch.func.functional_call(Reading(matrix, read), {"matrix.u": u, "matrix.v": v}, ())
@@ -94,7 +104,7 @@ def appendix_a(update, logabsdet):
 def test_penalty_is_that_of_appendix_a(update, logabsdet):
     scale = math.exp(logabsdet / 2)
     start = scale * torch.eye(2, dtype=torch.float64)
-    matrix = InvertibleMatrix(2, init=start, bounds=MergeBounds.paper())
+    matrix = additive(2, init=start, bounds=MergeBounds.paper())
     set_factors(matrix, [[scale * (-math.exp(update) - 1)], [0.0]], [[1.0], [0.3]])
     penalty = matrix.penalty()
     assert penalty.shape == ()
@@ -176,6 +186,11 @@ def test_start_from_a_tensor():
         ({"rank": True}, TypeError, "rank must be an int, got bool"),
         ({"batch_shape": 3}, TypeError, "batch_shape must be a tuple, got int"),
         ({"batch_shape": (2, 0)}, ValueError, "each of batch_shape must be a positive int, got 0"),
+        (
+            {"perturbation": "absolute"},
+            ValueError,
+            "perturbation must be 'relative' or 'additive', got 'absolute'",
+        ),
         ({"bounds": (-6, 6)}, TypeError, "bounds must be MergeBounds, got tuple"),
         (
             {"init": "zeros"},
@@ -218,5 +233,10 @@ def test_what_is_singular_depends_on_the_dtype():
 
 def test_repr_names_size_batch_and_rank():
     text = repr(InvertibleMatrix(3, batch_shape=(2,), rank=2))
-    assert text == "InvertibleMatrix(size=3, batch_shape=(2,), rank=2)"
-    assert repr(InvertibleMatrix(3)) == "InvertibleMatrix(size=3, rank=1)"
+    assert text == ("InvertibleMatrix(size=3, batch_shape=(2,), rank=2, perturbation='relative')")
+    assert repr(additive(3)) == "InvertibleMatrix(size=3, rank=1, perturbation='additive')"
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 1), (2, 2), (64, 64), (65, 64), (1024, 256)])
+def test_the_default_rank_grows_with_the_size(size, rank):
+    assert InvertibleMatrix(size).rank == rank

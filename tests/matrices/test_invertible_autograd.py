@@ -3,16 +3,20 @@
 import pytest
 import torch
 
-from matrices.perturbing import perturb
+from matrices.perturbing import KINDS, perturb
 from p4flows.matrices import InvertibleMatrix
 from p4flows.matrices.perturbed import PerturbedMatrix
 
 DIRECTIONS = ["multiply_and_logabsdet", "solve_and_logabsdet"]
 
 
-def off_identity(rank):
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def off_identity(rank, kind):
     generator = torch.Generator().manual_seed(0)
-    matrix = InvertibleMatrix(4, rank=rank).double()
+    matrix = InvertibleMatrix(4, rank=rank, perturbation=kind).double()
+    matrix.v.requires_grad_()
     for _ in range(3):
         perturb(matrix, generator)
         assert matrix.merge()
@@ -24,9 +28,10 @@ def off_identity(rank):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("rank", [1, 3])
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_equal_to_plain_operations(direction, rank, with_bias):
-    matrix, rows, bias = off_identity(rank)
+def test_equal_to_plain_operations(direction, rank, with_bias, kind):
+    matrix, rows, bias = off_identity(rank, kind)
     bias = bias if with_bias else None
     wanted = [t for t in (rows, bias, matrix.u, matrix.v) if t is not None]
     weights = (torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64))
@@ -40,9 +45,10 @@ def test_equal_to_plain_operations(direction, rank, with_bias):
 
 
 @pytest.mark.parametrize("rank", [1, 3])
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_first_and_second_derivatives(direction, rank):
-    matrix, rows, bias = off_identity(rank)
+def test_first_and_second_derivatives(direction, rank, kind):
+    matrix, rows, bias = off_identity(rank, kind)
 
     def function(rows, bias, u, v):
         # The factors are the matrix's own parameters, which gradcheck perturbs in place.
@@ -53,9 +59,10 @@ def test_first_and_second_derivatives(direction, rank):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_no_gradient_of_rows_is_formed_unless_asked_for(direction):
-    matrix, rows, bias = off_identity(1)
+def test_no_gradient_of_rows_is_formed_unless_asked_for(direction, kind):
+    matrix, rows, bias = off_identity(1, kind)
     asked = getattr(matrix, direction)(rows, bias)
     expected = torch.autograd.grad([t.sum() for t in asked], [matrix.u, matrix.v, bias])
     outputs = getattr(matrix, direction)(rows.detach(), bias)
@@ -63,9 +70,10 @@ def test_no_gradient_of_rows_is_formed_unless_asked_for(direction):
     torch.testing.assert_close(gradients, expected)
 
 
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_logabsdet_may_be_written_to(direction):
-    matrix, rows, bias = off_identity(1)
+def test_logabsdet_may_be_written_to(direction, kind):
+    matrix, rows, bias = off_identity(1, kind)
     _, logabsdet = getattr(matrix, direction)(rows, bias)
     before = logabsdet.detach().clone()
     logabsdet += torch.arange(5)
@@ -74,9 +82,10 @@ def test_logabsdet_may_be_written_to(direction):
 
 # From within torch.func.jacfwd.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_transforms_of_torch_func(direction):
-    matrix, rows, bias = off_identity(2)
+def test_transforms_of_torch_func(direction, kind):
+    matrix, rows, bias = off_identity(2, kind)
     weight = matrix.dense() if direction.startswith("multiply") else matrix.inverse()
 
     def row(x):
@@ -87,9 +96,10 @@ def test_transforms_of_torch_func(direction):
     torch.testing.assert_close(torch.func.jacfwd(row)(rows[0]), weight)
 
 
+@each_kind
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_trains_under_autocast(direction):
-    matrix, rows, bias = off_identity(1)
+def test_trains_under_autocast(direction, kind):
+    matrix, rows, bias = off_identity(1, kind)
     matrix, rows, bias = matrix.float(), rows.detach().float(), bias.detach().float()
     with torch.autocast("cpu", torch.bfloat16):
         outputs, logabsdet = getattr(matrix, direction)(rows, bias)
@@ -97,3 +107,25 @@ def test_trains_under_autocast(direction):
     torch.testing.assert_close((outputs, logabsdet), plain)
     (outputs.float().sum() + logabsdet.float().sum()).backward()
     assert matrix.u.grad.any() and matrix.v.grad.any()
+
+
+@each_kind
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_whether_v_is_trained_changes_nothing_else(direction, kind):
+    matrix, rows, bias = off_identity(2, kind)
+    outputs = getattr(matrix, direction)(rows, bias)
+    expected = torch.autograd.grad([t.sum() for t in outputs], [rows, bias, matrix.u])
+    matrix.v.requires_grad_(False)
+    outputs = getattr(matrix, direction)(rows, bias)
+    gradients = torch.autograd.grad([t.sum() for t in outputs], [rows, bias, matrix.u])
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_the_relative_map_does_not_read_the_inverse():
+    matrix, rows, bias = off_identity(2, "relative")
+    expected = matrix.multiply_and_logabsdet(rows, bias)
+    matrix.inverse_frozen.fill_(torch.nan)
+    outputs = matrix.multiply_and_logabsdet(rows, bias)
+    torch.testing.assert_close(outputs, expected)
+    sum(t.sum() for t in outputs).backward()
+    assert matrix.u.grad.isfinite().all() and matrix.v.grad.isfinite().all()

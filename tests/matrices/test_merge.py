@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from matrices.perturbing import error_of, perturb, set_factors
+from matrices.perturbing import KINDS, additive, error_of, perturb, set_factors
 from p4flows.linalg import capacitance
 from p4flows.matrices import InvertibleMatrix, MergeBounds
 
@@ -29,6 +29,7 @@ def matrices(draw):
         size,
         batch_shape=batch,
         rank=draw(st.integers(1, min(4, size))),
+        perturbation=draw(st.sampled_from(KINDS)),
         init=(torch.eye(size) + 0.3 * size**-0.5 * start).to(dtype),
     )
     return matrix, generator
@@ -46,12 +47,15 @@ def test_a_merge_changes_nothing_beyond_rounding(given_matrix, merges):
     for _ in range(merges):
         perturb(matrix, generator)
         a, x, u, v = matrix.frozen.clone(), matrix.inverse_frozen.clone(), matrix.u, matrix.v
-        w, g = capacitance(x, u, v)
-        w = w @ torch.linalg.inv(g)
-        size_inverse = x.abs() + w.abs() @ (v.abs().mT @ x.abs())
-        size_dense = a.abs() + u.abs() @ v.abs().mT
-        amplification = norm(torch.eye(n) - u @ torch.linalg.solve(g, v.mT @ x))
-        lemma = norm(torch.linalg.inv(g)) * norm(u) * norm(v) * norm(x)
+        g, (w, z) = matrix.capacitance(), matrix.inverse_factors()
+        relative = matrix.perturbation == "relative"
+        # Ã = A + u Vᵀ; both factors in absolute values, of which the terms are made.
+        right = a.abs().mT @ v.abs() if relative else v.abs()
+        left = z.abs().mT if relative else v.abs().mT @ x.abs()
+        size_inverse = x.abs() + w.abs() @ left
+        size_dense = a.abs() + u.abs() @ right.mT
+        amplification = norm(torch.eye(n) - u @ torch.linalg.solve(g, z.mT))
+        lemma = norm(torch.linalg.inv(g)) * norm(u) * norm(v) * (1 if relative else norm(x))
         dense, inverse, (sign, logabsdet) = matrix.dense(), matrix.inverse(), matrix.slogdet()
 
         assert matrix.merge(force=True).all()
@@ -93,13 +97,14 @@ def test_merged_is_what_was_read(rank):
     assert matrix.draws == draws + 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "rank"), [(32, 1), (64, 1), (64, 4)])
 @torch.no_grad()
-def test_state_stays_true_over_thousands_of_merges(n, rank):
+def test_state_stays_true_over_thousands_of_merges(n, rank, kind):
     # Training towards a target, with noise: float32, a correction at every 50th merge.
     generator = torch.Generator().manual_seed(1)
     target = torch.eye(n) + 0.3 * n**-0.5 * torch.randn(n, n, generator=generator)
-    matrix = InvertibleMatrix(n, rank=rank)
+    matrix = InvertibleMatrix(n, rank=rank, perturbation=kind)
     for merge in range(1, 2001):
         noise = torch.randn(n, rank, generator=generator)
         set_factors(matrix, 0.5 / n * (target - matrix.frozen) @ matrix.v + 0.005 * noise, matrix.v)
@@ -117,7 +122,7 @@ def test_state_stays_true_over_thousands_of_merges(n, rank):
 @torch.no_grad()
 def test_state_stays_true_on_a_random_walk_through_singular_matrices():
     n = 32
-    matrix = InvertibleMatrix(n, bounds=FREE)
+    matrix = additive(n, bounds=FREE)
     generator = torch.Generator().manual_seed(1)
     signs = set()
     for merge in range(1, 2001):
@@ -138,7 +143,7 @@ def test_state_stays_true_on_a_random_walk_through_singular_matrices():
 @torch.no_grad()
 def test_logabsdet_does_not_add_up_roundings():
     # In plain float32 these additions to a sum of 69 lose 8e-4.
-    matrix = InvertibleMatrix(1, init=torch.full((1, 1), 1e30))
+    matrix = additive(1, init=torch.full((1, 1), 1e30))
     expected = math.log(matrix.frozen.item())
     for merge in range(2000):
         set_factors(matrix, 0.01 * matrix.frozen * (1 if merge % 2 else -1), 1.0)
@@ -154,7 +159,7 @@ DETERMINANT = MergeBounds(update=(-9.0, 9.0), logabsdet=(-2.0, 1.0))
 
 def multiplying(factor, bounds=UPDATE, **kwargs):
     """A matrix with det A = 1/2 and a perturbation that multiplies its determinant by `factor`."""
-    matrix = InvertibleMatrix(2, init=math.sqrt(0.5) * torch.eye(2), bounds=bounds, **kwargs)
+    matrix = additive(2, init=math.sqrt(0.5) * torch.eye(2), bounds=bounds, **kwargs)
     set_factors(matrix, [[(factor - 1) * math.sqrt(0.5)], [0.0]], [[1.0], [0.5]])
     return matrix
 
@@ -231,7 +236,7 @@ SINGULAR = [[-1.0], [0.0]], [[1.0], [1.0]]  # I + u vᵀ = [[0, −1], [0, 1]]
 @pytest.mark.parametrize("bounds", [MergeBounds(), MergeBounds.paper(), FREE])
 @torch.no_grad()
 def test_a_merge_that_would_end_non_finite_is_refused_even_when_forced(init, u, v, bounds):
-    matrix = InvertibleMatrix(2, init=init * torch.eye(2), bounds=bounds)
+    matrix = additive(2, init=init * torch.eye(2), bounds=bounds)
     set_factors(matrix, u, v)
     state = state_of(matrix)
     assert not matrix.merge(force=True)
@@ -247,19 +252,33 @@ def test_a_singular_perturbation_of_rank_two_is_refused():
     assert_unchanged(matrix, state)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_bounds_look_at_each_singular_value(kind):
+    """det G = 1, and still a merge that would lose ten digits."""
+    matrix = InvertibleMatrix(2, perturbation=kind, rank=2)
+    stretch = torch.diag(torch.tensor([1e5, 1e-5], dtype=torch.float64))
+    set_factors(matrix, stretch - torch.eye(2), torch.eye(2))
+    assert matrix.slogdet()[1].abs() < 1e-2
+    state = state_of(matrix)
+    assert not matrix.merge()
+    assert_unchanged(matrix, state)
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
+    st.sampled_from(KINDS),
     st.integers(1, 3),
     st.lists(st.floats(-38, 38), min_size=3, max_size=3),
     st.integers(0, 1000),
 )
 @torch.no_grad()
-def test_frozen_state_is_never_non_finite(rank, magnitudes, seed):
+def test_frozen_state_is_never_non_finite(kind, rank, magnitudes, seed):
     """Matrices, u and v of any magnitude in float32, forced."""
     generator = torch.Generator().manual_seed(seed)
     init, u, v = (10.0**magnitude for magnitude in magnitudes)
     start = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    matrix = InvertibleMatrix(3, rank=rank, init=start)
+    matrix = InvertibleMatrix(3, rank=rank, init=start, perturbation=kind)
     matrix.frozen.mul_(init)
     matrix.inverse_frozen.div_(init)
     matrix.logabsdet_frozen.add_(3 * math.log(init))
@@ -293,7 +312,7 @@ def test_a_perturbation_that_is_not_finite_is_thrown_away(factor, value, force):
 
 @torch.no_grad()
 def test_in_a_batch_each_matrix_has_its_own_fate():
-    matrix = InvertibleMatrix(2, batch_shape=(2, 2))
+    matrix = additive(2, batch_shape=(2, 2))
     fates = torch.tensor([[1.5, math.nan], [1000.0, 0.0]])  # merged, reset, skipped, singular
     set_factors(matrix, 0.0, torch.tensor([[1.0], [0.5]]))
     matrix.u[..., 0, 0] = fates - 1

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from matrices.perturbing import additive
 from p4flows import MergeHook
 from p4flows.matrices import InvertibleMatrix
 
@@ -15,7 +16,7 @@ ranks = pytest.mark.parametrize("rank", [1, 2, 4, 5])
 @ranks
 def test_second_moment_of_v_is_the_identity(rank):
     torch.manual_seed(rank)
-    v = InvertibleMatrix(SIZE, batch_shape=(COUNT,), rank=rank).v.detach()
+    v = additive(SIZE, batch_shape=(COUNT,), rank=rank).v.detach()
     products = v @ v.mT
     identity = torch.eye(SIZE)
     # The entries of v vᵀ have variance 1/k, on the diagonal 2/k.
@@ -31,9 +32,9 @@ def test_a_step_of_sgd_is_an_unbiased_sketch(rank):
     """COUNT copies of one matrix take one step each on a linear problem and merge."""
     torch.manual_seed(rank)
     start = torch.eye(SIZE) + 0.3 * torch.randn(SIZE, SIZE)
-    matrix = InvertibleMatrix(SIZE, batch_shape=(COUNT,), rank=rank, init=start)
+    matrix = additive(SIZE, batch_shape=(COUNT,), rank=rank, init=start)
     optimizer = torch.optim.SGD(matrix.parameters(), lr=LR)
-    hook = MergeHook(matrix, optimizer, every=1)
+    hook = MergeHook.paper(matrix, optimizer, every=1)
     x, target = torch.randn(8, SIZE), torch.randn(8, SIZE)
 
     weight = start.clone().requires_grad_()
@@ -53,3 +54,28 @@ def test_a_step_of_sgd_is_an_unbiased_sketch(rank):
     total = (steps - gradient).square().sum((-2, -1)).mean()
     expected = (SIZE + 1) / rank * gradient.square().sum()
     assert math.isclose(total, expected, rel_tol=0.05)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 5])
+def test_directions_of_the_relative_perturbation_are_orthogonal_and_second_moments_equal(rank):
+    torch.manual_seed(rank)
+    v = InvertibleMatrix(SIZE, batch_shape=(COUNT,), rank=rank).v.detach()
+    torch.testing.assert_close(v.mT @ v, (SIZE / rank * torch.eye(rank)).expand(COUNT, rank, rank))
+    error = (v @ v.mT).mean(0) - torch.eye(SIZE)
+    assert error.abs().max() < 4 * math.sqrt(2 / rank / COUNT)
+
+
+def test_v_is_shorter_in_many_dimensions():
+    lengths = [torch.linalg.matrix_norm(InvertibleMatrix(n).v, 2).item() for n in (8, 32, 64, 256)]
+    # √(n/k)·min(1, 32/n) with k = 8, 32, 64, 128.
+    assert lengths == pytest.approx([1.0, 1.0, 0.5, math.sqrt(2) / 8], rel=1e-6)
+
+
+@torch.no_grad()
+def test_at_full_rank_the_directions_stay():
+    matrix, thin = InvertibleMatrix(6), InvertibleMatrix(6, rank=3)
+    for each in (matrix, thin):
+        each.u.normal_(std=0.1)
+        before = each.v.clone()
+        assert each.attempt_merge(draw="basis").merged
+        assert torch.equal(each.v, before) == (each is matrix)
