@@ -31,7 +31,8 @@ class P4flows:
     title = "p4flows"
 
     def layer(self, size: int, weight: Tensor | None = None) -> nn.Module:
-        return P4InvTransform(size, init="identity" if weight is None else weight)
+        start: str | Tensor = "identity" if weight is None else weight
+        return P4InvTransform(size, init=start, rank=1, perturbation="additive")
 
     def factors(self, layer: Any) -> tuple[Tensor, Tensor]:
         return layer.matrix.u.detach().squeeze(-1), layer.matrix.v.detach().squeeze(-1)
@@ -52,7 +53,7 @@ class P4flows:
         self, module: nn.Module, optimizer: Optimizer, correct: int = 50, determinant: int = 50
     ) -> Callable[[], None]:
         # A correction refreshes both the inverse and the determinant.
-        MergeHook(module, optimizer, every=1, correct_every=min(correct, determinant))
+        MergeHook.paper(module, optimizer, every=1, correct_every=min(correct, determinant))
         return lambda: None
 
 

@@ -52,7 +52,7 @@ class Case(NamedTuple):
 CASES = {
     "one layer, n = 1024": Case(
         (256, 1024),
-        lambda: P4InvFlow(1024),
+        lambda: P4InvFlow(1024, rank=1, perturbation="additive"),
         lambda: bgflow.InvertiblePPPP(1024),
     ),
     "RealNVP, n = 60, 25 blocks": Case(

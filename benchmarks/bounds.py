@@ -27,7 +27,8 @@ def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool]
     which is refused even when forced.
     """
     torch.manual_seed(seed)
-    matrix = InvertibleMatrix(size, init=torch.eye(size) + torch.randn(size, size) * size**-0.5)
+    start = torch.eye(size) + torch.randn(size, size) * size**-0.5
+    matrix = InvertibleMatrix(size, rank=1, init=start, perturbation="additive")
     matrix.u.normal_()
     # Scaled in float64, as 1 + vᵀA⁻¹u cancels where G is small.
     inverse = torch.linalg.inv(matrix.frozen.double())

@@ -140,11 +140,12 @@ def reflections(features: int) -> int:
 
 
 P4INV = "P4InvTransform"
+P4INV_PAPER = "P4InvTransform as in the paper"
 LINEAR = "nn.Linear"
 
 CONTESTANTS = {
     P4INV: Contestant(P4InvTransform),
-    f"{P4INV}, rank 4": Contestant(lambda n: P4InvTransform(n, rank=min(n, 4))),
+    P4INV_PAPER: Contestant(lambda n: P4InvTransform(n, rank=1, perturbation="additive")),
     LINEAR: Contestant(Dense, invertible=False),
     "nflows LULinear": Contestant(LULinear, up_to=2048),
     "nflows QRLinear": Contestant(lambda n: QRLinear(n, reflections(n)), up_to=1024),

@@ -44,7 +44,7 @@ def built(name: str, size: int) -> nn.Module:
 def merging(layer: P4InvTransform) -> Callable[[], Any]:
     """A merge as the hook does it, optimizer state included: a step of Adam without gradients."""
     optimizer = torch.optim.Adam(layer.parameters())
-    MergeHook(layer, optimizer, every=1, correct_every=None)
+    MergeHook.paper(layer, optimizer, every=1, correct_every=None)
     return optimizer.step
 
 

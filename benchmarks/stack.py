@@ -29,7 +29,7 @@ Measure = Callable[..., dict[str, Timing]]
 
 def off_identity(features: int, blocks: int) -> BentStack:
     """A stack whose matrices are perturbed."""
-    stack = BentStack(features, blocks)
+    stack = BentStack(features, blocks, rank=1, perturbation="additive")
     with torch.no_grad():
         stack.matrix.u.normal_(std=0.1 / features)
     return stack

@@ -156,7 +156,7 @@ def train(
         optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
         hook = None
         if matrices:
-            hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
+            hook = MergeHook.paper(flow, optimizer, every=100)
         scheduler = None
         if preset.decay and stage == "likelihood":
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -47,7 +47,6 @@ VARIANTS = {
     "P4Inv, rank 4": Variant(rank=4),
     'P4Inv, draw="basis"': Variant(draw="basis"),
     'P4Inv, restart="carry"': Variant(restart="carry"),
-    'P4Inv, restart="both"': Variant(restart="both"),
 }
 FLOWS = {"affine": affine_flow, "spline": spline_flow}
 

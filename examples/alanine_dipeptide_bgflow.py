@@ -180,7 +180,7 @@ def train(
         optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
         hook = None
         if model == "p4inv":
-            hook = MergeHook(flow, optimizer, every=100, force_every=10, correct_every=50)
+            hook = MergeHook.paper(flow, optimizer, every=100)
         schedulers = []
         if preset.decay and stage == "likelihood":
             schedulers = [(1, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))]

@@ -50,7 +50,9 @@ def spline_flow(swap: Swap, rank: int = 1, blocks: int = 4, hidden: int = 64) ->
             )
         )
         if swap == "p4":
-            transforms.append(P4InvTransform(FEATURES, rank=rank, init="reverse"))
+            transforms.append(
+                P4InvTransform(FEATURES, rank=rank, init="reverse", perturbation="additive")
+            )
         else:
             transforms.append(Permutation(torch.arange(FEATURES).roll(half)))
     return Flow(CompositeTransform(transforms), StandardNormal([FEATURES]))

@@ -49,7 +49,9 @@ class Trained:
             self.matrix = OrthogonalMatrix(size, rank=method.rank)
         else:
             bounds = MergeBounds.paper() if method.paper_bounds else MergeBounds()
-            self.matrix = InvertibleMatrix(size, rank=method.rank, bounds=bounds)
+            self.matrix = InvertibleMatrix(
+                size, rank=method.rank, bounds=bounds, perturbation="additive"
+            )
         self.parameters = list(self.matrix.parameters())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -81,8 +83,7 @@ def train(problem: Problem, method: Method, preset: Preset, seed: int) -> dict[s
     optimizer = optimizer_class(trained.parameters, lr=method.learning_rate)
     hook = None
     if trained.matrix is not None:
-        # With Adam, a second moment that fits another v would give steps of the wrong length.
-        restart = "both" if method.optimizer == "Adam" else "v"
+        restart = "carry" if method.optimizer == "Adam" else "v"
         hook = MergeHook(
             trained.matrix,
             optimizer,

@@ -95,7 +95,7 @@ def train(
     hook = None
     if model.every is not None:
         # N_force = 10 and N_correct = 50, as by default.
-        hook = MergeHook(flow, optimizer, every=model.every, restart="carry")
+        hook = MergeHook(flow, optimizer, every=model.every, restart="carry", draw="normal")
     result = fit(
         flow,
         lambda generator: target.sample(preset.batch, generator),

@@ -89,7 +89,7 @@ def test_every_contestant_maps_back(script):
 def test_memory(script):
     memory = script("memory")
     dense = memory.measure("nn.Linear", 512, batch=4)
-    ours = memory.measure("P4InvTransform", 512, batch=4)
+    ours = memory.measure("P4InvTransform as in the paper", 512, batch=4)
     # Weight, gradient and two moments of one MiB each, against A and its inverse.
     assert dense["held"] == pytest.approx(4.0, rel=0.05)
     assert ours["held"] == pytest.approx(2.0, rel=0.05)

@@ -100,8 +100,8 @@ def test_defaults():
     layer = P4InvTransform(3)
     _, hook = hooked(layer)
     assert repr(hook) == (
-        "MergeHook(1 matrices, every=100, force_every=10, correct_every=50, restart='v', "
-        "draw='normal')"
+        "MergeHook(1 matrices, every=50, force_every=10, correct_every=50, restart='carry', "
+        "draw='basis')"
     )
 
 
@@ -167,9 +167,10 @@ def test_matrices_of_one_shape_merge_together_as_they_would_alone(monkeypatch):
 
 
 def test_state_of_each_stacked_matrix_restarts_for_itself():
-    module = nn.ModuleList([P4InvTransform(3), P4InvTransform(3)])
+    paper = {"rank": 1, "perturbation": "additive"}
+    module = nn.ModuleList([P4InvTransform(3, **paper), P4InvTransform(3, **paper)])
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    MergeHook(module, optimizer, every=3)
+    MergeHook.paper(module, optimizer, every=3)
     train(module, optimizer, 2)
     with torch.no_grad():
         module[1].matrix.u.fill_(1e30)  # cannot be merged
@@ -384,7 +385,7 @@ def test_a_module_without_p4_layers(module):
 
 
 def test_an_optimizer_that_lacks_parameters_is_told_which():
-    module = nn.Sequential(P4InvTransform(2), P4InvTransform(2))
+    module = nn.Sequential(*(P4InvTransform(2, perturbation="additive") for _ in range(2)))
     held = [module[0].matrix.u, module[0].matrix.v, module[1].matrix.u]
     message = r"does not hold the parameters 1\.matrix\.v: build it from module\.parameters\(\)"
     with pytest.raises(ValueError, match=message):
@@ -394,6 +395,8 @@ def test_an_optimizer_that_lacks_parameters_is_told_which():
         MergeHook(module, torch.optim.SGD(before.parameters(), lr=0.1))
     groups = [{"params": held}, {"params": [module[1].matrix.v], "lr": 0.0}]
     MergeHook(module, torch.optim.SGD(groups, lr=0.1))
+    relative = P4InvTransform(2)  # whose v is not trained
+    MergeHook(relative, torch.optim.SGD([relative.matrix.u], lr=0.1))
 
 
 @pytest.mark.parametrize(
@@ -408,13 +411,13 @@ def test_an_optimizer_that_lacks_parameters_is_told_which():
         ({"force_every": "10"}, TypeError, "force_every must be a positive int, got str"),
         ({"correct_every": 0}, ValueError, "correct_every must be a positive int, got 0"),
         ({"correct_every": True}, TypeError, "correct_every must be a positive int, got bool"),
-        ({"restart": "u"}, ValueError, "restart must be 'v', 'both' or 'carry', got 'u'"),
+        ({"restart": "u"}, ValueError, "restart must be 'carry' or 'v', got 'u'"),
         (
             {"draw": "gradient"},
             ValueError,
             "draw must be 'normal' or 'basis', got 'gradient'",
         ),
-        ({"restart": None}, ValueError, "restart must be 'v', 'both' or 'carry', got None"),
+        ({"restart": None}, ValueError, "restart must be 'carry' or 'v', got None"),
     ],
 )
 def test_bad_arguments(arguments, error, message):

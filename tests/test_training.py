@@ -209,7 +209,7 @@ def test_inputs_may_come_with_a_context():
 
 
 def test_the_penalty_is_trained_but_not_reported():
-    matrix = P4InvTransform(2, bias=False)
+    matrix = P4InvTransform(2, rank=1, perturbation="additive", bias=False)
     optimizer = torch.optim.SGD(matrix.parameters(), lr=0.1)
     hook = MergeHook(matrix, optimizer, every=1000)
     with torch.no_grad():
