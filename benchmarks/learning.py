@@ -12,6 +12,7 @@ made of all runs of that task and that number of steps. Seconds are those of tra
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import math
 import multiprocessing
@@ -95,6 +96,12 @@ def record_file(output: Path, task: str, steps: int, name: str, rate: float, see
     return output / f"{task}-{steps}" / f"{name}-{rate:g}-{seed}.json"
 
 
+# A process keeps the data of the last task: its runs share it.
+@functools.lru_cache(maxsize=1)
+def data(task_name: str, output: Path, mnist_directory: Path | None) -> Task:
+    return TASKS[task_name](output, mnist_directory)
+
+
 def run(
     task_name: str,
     steps: int,
@@ -109,7 +116,7 @@ def run(
     if file.exists():
         return json.loads(file.read_text())
     torch.set_num_threads(1)
-    task = TASKS[task_name](output, mnist_directory)
+    task = data(task_name, output, mnist_directory)
     title = f"{task_name} {name} {rate:g} seed {seed}"
     record = {"task": task_name, **train(task, name, rate, seed, steps, title)}
     record["environment"] = environment()
@@ -124,6 +131,8 @@ def run(
 def grid(arguments: argparse.Namespace) -> None:
     """All runs of the call that are missing: the rates with seed 0, then the other seeds."""
     first, *others = arguments.seeds
+    # Here as well, so that a missing file is noticed at once and a trajectory simulated once.
+    data(arguments.task, arguments.output, arguments.mnist_dir)
     context = multiprocessing.get_context("spawn")
     with (
         concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool,
@@ -212,6 +221,8 @@ def main() -> None:
     if not arguments.table:
         grid(arguments)
     records = read(arguments)
+    if not records:
+        raise SystemExit(f"no runs of {arguments.task}, {arguments.steps} steps: leave out --table")
     stem = arguments.output / f"{arguments.task}-{arguments.steps}"
     text = summary(records)
     stem.with_suffix(".md").write_text(text)

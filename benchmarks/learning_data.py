@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import math
 import struct
 import sys
 from collections.abc import Callable
@@ -35,7 +36,8 @@ class Task:
         batch: a function of (rows, generator) that draws training data.
         held_out: test data, shape (rows, n).
         flow: the model around a contestant's layer, with `log_prob`.
-        quantity: what is reported, (NLL + offset) / per.
+        quantity: what is reported.
+        offset, per: it is (NLL + offset) / per.
     """
 
     features: int
@@ -113,16 +115,19 @@ def ica(features: int) -> Task:
     """x = M s with logistic s; what is reported is the excess over the true unmixing."""
     mixing = mixing_matrix(features)
 
-    def mixed(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        sources = torch.logit(torch.rand(rows, features, generator=generator, dtype=torch.float64))
-        return sources, (sources @ mixing.T).float()
+    single = mixing.float()
 
-    sources, held_out = mixed(held_out_rows(features), torch.Generator().manual_seed(HELD_OUT_SEED))
+    def draw(rows: int, generator: torch.Generator) -> Tensor:
+        # In float64, where a uniform number is never 0 and its logit never infinite.
+        uniform = torch.rand(rows, features, generator=generator, dtype=torch.float64)
+        return uniform.logit()
+
+    sources = draw(held_out_rows(features), torch.Generator().manual_seed(HELD_OUT_SEED))
     optimum = torch.linalg.slogdet(mixing).logabsdet - logistic_log_density(sources).mean()
     return Task(
         features,
-        lambda rows, generator: mixed(rows, generator)[1],
-        held_out,
+        lambda rows, generator: draw(rows, generator).float() @ single.T,
+        (sources @ mixing.T).float(),
         lambda layer: LogisticSources(layer(features)),
         "excess over the optimum (nats a dimension)",
         -optimum.item(),
@@ -173,20 +178,43 @@ def mnist_images(directory: Path, part: str) -> Tensor:
     raise FileNotFoundError(f"neither {name} nor {name}.gz in {directory}")
 
 
-def mnist(directory: Path) -> Task:
-    """MNIST from the user's files, with uniform noise, in units of the pixels' range."""
-    train, test = (mnist_images(directory, part) for part in ("train", "t10k"))
-    features = train.shape[1]
+class SmoothLeakyRelu(Transform):
+    """α x + (1 − α) ln(1 + eˣ), the activation of the published MNIST numbers."""
 
-    def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-        return (images + torch.rand(images.shape, generator=generator)) / 256
+    ALPHA = 0.3
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs = self.ALPHA * inputs + (1 - self.ALPHA) * softplus(inputs)
+        slope = self.ALPHA + (1 - self.ALPHA) * torch.sigmoid(inputs)
+        return outputs, slope.log().sum(-1)
+
+
+def mnist(directory: Path) -> Task:
+    """Two linear layers on MNIST from the user's files, as Keller et al. (2021) compare them.
+
+    Grey values with uniform noise through a logit, a smooth leaky ReLU between the layers. The NLL
+    is that of grey values from 0 to 256; published: exact gradient 947.6, relative gradient 1096.5.
+    """
+    train, test = (mnist_images(directory, part) for part in ("train", "t10k"))
+    features, margin = train.shape[1], 1e-6
+
+    def unit(images: Tensor, generator: torch.Generator) -> Tensor:
+        grey = images + torch.rand(images.shape, generator=generator, dtype=torch.float64)
+        return margin + (1 - 2 * margin) * grey / 256
 
     draw = rows_of(train)
+    held_out = unit(test, torch.Generator().manual_seed(HELD_OUT_SEED))
+    # Mean of ln|dz/dg| of z = logit(unit(g)): what the flow, which sees z, does not know of.
+    slope = math.log((1 - 2 * margin) / 256) - (held_out * (1 - held_out)).log()
     return Task(
         features,
-        lambda rows, generator: noisy(draw(rows, generator), generator),
-        noisy(test, torch.Generator().manual_seed(HELD_OUT_SEED)),
-        lambda layer: coupling_flow(features, layer),
+        lambda rows, generator: unit(draw(rows, generator), generator).logit().float(),
+        held_out.logit().float(),
+        lambda layer: Flow(
+            CompositeTransform([layer(features), SmoothLeakyRelu(), layer(features)]),
+            StandardNormal([features]),
+        ),
+        offset=-slope.sum(1).mean().item(),
     )
 
 

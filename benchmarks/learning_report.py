@@ -1,5 +1,7 @@
 """The table and the curves of learning.py, made of the records of its runs."""
 
+import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from report import table
 Record = dict[str, Any]
 # Excess of an ICA that counts as solved, in nats a dimension.
 SOLVED = 0.02
+# A search over fewer rates is marked in the table.
+FEWEST_RATES = 4
 
 
 def last(record: Record) -> float:
@@ -37,21 +41,21 @@ def at_best(records: list[Record]) -> tuple[list[Record], list[float]]:
 def value_at(record: Record, seconds: float) -> float:
     """The curve at a time, linear between its points; its last value beyond the end."""
     points = record["curve"]
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["cpu"] >= seconds:
             share = (seconds - before["cpu"]) / (after["cpu"] - before["cpu"])
             return before["value"] + share * (after["value"] - before["value"])
     return points[-1]["value"]
 
 
-def seconds_to(record: Record, value: float) -> float | None:
-    """When the curve comes down to a value, linear between its points; None when it does not."""
+def seconds_to(record: Record, value: float) -> float:
+    """When the curve comes down to a value, linear between its points; infinite if it does not."""
     points = record["curve"]
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if after["value"] <= value:
             share = (before["value"] - value) / (before["value"] - after["value"])
             return before["cpu"] + max(share, 0.0) * (after["cpu"] - before["cpu"])
-    return None
+    return math.inf
 
 
 def grouped(records: list[Record]) -> dict[str, list[Record]]:
@@ -71,11 +75,9 @@ def spread(values: list[float], form: str) -> str:
 
 
 def times(runs: list[Record], value: float) -> str:
-    """Median seconds to a value over the seeds."""
-    found = [seconds_to(run, value) for run in runs]
-    if any(seconds is None for seconds in found):
-        return "–"
-    return f"{statistics.median(found):.1f}"
+    """Median seconds to a value over the seeds; a run that does not get there takes for ever."""
+    found = statistics.median(seconds_to(run, value) for run in runs)
+    return f"{found:.1f}" if math.isfinite(found) else "–"
 
 
 def row(own: list[Record], reference: list[Record], ica: bool) -> list[str]:
@@ -87,15 +89,18 @@ def row(own: list[Record], reference: list[Record], ica: bool) -> list[str]:
     if not runs:
         return [title, "none", *["–"] * (6 if ica else 5), diverged]
     rate = runs[0]["rate"]
-    edge = " (edge)" if rate in (rates[0], rates[-1]) else ""
-    if edge and len(rates) < 4:
-        edge = " (edge, too few)"
+    doubts = []
+    if rate in (rates[0], rates[-1]):
+        doubts.append("edge")
+    if len(rates) < FEWEST_RATES:
+        doubts.append(f"of {len(rates)}")
+    doubt = f" ({', '.join(doubts)})" if doubts else ""
     form = ".4f" if ica else ".2f"
     early = [quarter(run) for run in runs]
     steps = runs[0]["steps"]
     cells = [
         title,
-        f"{rate:g}{edge}",
+        f"{rate:g}{doubt}",
         spread(early, form),
         spread([last(run) for run in runs], form),
         f"{1e3 * statistics.median(run['curve'][-1]['cpu'] / steps for run in runs):.1f}",
@@ -120,8 +125,6 @@ def quarter(run: Record) -> float:
 
 def summary(records: list[Record]) -> str:
     """The table in Markdown, with what it was measured on."""
-    if not records:
-        return "no runs\n"
     groups = grouped(records)
     first = records[0]
     ica = first["task"].startswith("ica")
