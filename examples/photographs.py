@@ -88,9 +88,18 @@ class Photographs:
         return (grey - grey.mean(1, keepdim=True))[:, :-1] / self.scale
 
     def pictures(self, features: Tensor) -> Tensor:
-        """Features as pixels again, shape (N, size, size): their mean is zero."""
+        """Features as pixels, their mean zero, shape (N, size, size)."""
         pixels = features * self.scale
         pixels = torch.cat([pixels, -pixels.sum(1, keepdim=True)], dim=1)
+        return pixels.unflatten(1, (self.size, self.size))
+
+    def filters(self, weights: Tensor) -> Tensor:
+        """Weights of features as weights of pixels, shape (N, size, size).
+
+        The sum over the pixels of filter × patch is the weights' product with its features.
+        """
+        pixels = torch.nn.functional.pad(weights / self.scale, (0, 1))
+        pixels = pixels - pixels.mean(1, keepdim=True)
         return pixels.unflatten(1, (self.size, self.size))
 
 
