@@ -45,7 +45,7 @@ def evaluate(task: Task, flow: nn.Module) -> float:
 
 
 def train(task: Task, name: str, rate: float, seed: int, steps: int, title: str) -> dict[str, Any]:
-    """One run: the curve of the test quantity, or the step at which it diverged."""
+    """One run: the curve of the test quantity, and the step at which it diverged, if it did."""
     contestant = CONTESTANTS[name]
     torch.manual_seed(seed)
     flow = task.flow(contestant.layer)
@@ -53,30 +53,27 @@ def train(task: Task, name: str, rate: float, seed: int, steps: int, title: str)
     hook = contestant.hook(flow, optimizer) if contestant.hook is not None else None
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    wall = cpu = 0.0
+    clocks = Clocks()
     curve = [{"step": 0, "cpu": 0.0, "wall": 0.0, "value": evaluate(task, flow)}]
     diverged = None
     for step in tqdm(range(1, steps + 1), desc=title, leave=False, mininterval=1.0):
         batch = task.batch(BATCH, generator)
-        began = time.perf_counter(), time.process_time()
         try:
-            optimizer.zero_grad()
-            loss = -flow.log_prob(batch).mean()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            finite = math.isfinite(loss.item())
-        except (RuntimeError, ValueError):
-            # What is not finite can stop a factorisation or a spline before it reaches the loss.
-            finite = False
-        wall += time.perf_counter() - began[0]
-        cpu += time.process_time() - began[1]
-        if finite and step * POINTS // steps > (step - 1) * POINTS // steps:
-            value = evaluate(task, flow)
-            finite = math.isfinite(value)
-            if finite:
-                curve.append({"step": step, "cpu": cpu, "wall": wall, "value": value})
-        if not finite:
+            with clocks:
+                optimizer.zero_grad()
+                loss = -flow.log_prob(batch).mean()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                value = loss.item()
+            if math.isfinite(value) and step * POINTS // steps > (step - 1) * POINTS // steps:
+                value = evaluate(task, flow)
+                point = {"step": step, "cpu": clocks.cpu, "wall": clocks.wall, "value": value}
+                curve.append(point)
+        except torch.linalg.LinAlgError:
+            # A matrix that is not finite stops its factorisation before it reaches the loss.
+            value = math.nan
+        if not math.isfinite(value):
             diverged = step
             break
     return {
@@ -88,8 +85,22 @@ def train(task: Task, name: str, rate: float, seed: int, steps: int, title: str)
         "diverged": diverged,
         "parameters": sum(p.numel() for p in flow.parameters() if p.requires_grad),
         "merges": dict(hook.stats) if hook is not None else None,
-        "curve": curve,
+        "curve": [point for point in curve if math.isfinite(point["value"])],
     }
+
+
+class Clocks:
+    """Seconds within the `with` blocks, by the clock of the process and by that of the wall."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.process_time(), time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.cpu += time.process_time() - self._began[0]
+        self.wall += time.perf_counter() - self._began[1]
 
 
 def record_file(output: Path, task: str, steps: int, name: str, rate: float, seed: int) -> Path:

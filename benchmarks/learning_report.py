@@ -14,8 +14,9 @@ from learning_contestants import CONTESTANTS, REFERENCE
 from report import table
 
 Record = dict[str, Any]
-# Excess of an ICA that counts as solved, in nats a dimension.
-SOLVED = 0.02
+# Excess of an ICA, in nats a dimension, below which sources are told apart: a layer that only
+# whitens the data, whose mixtures are nearly Gaussian, stays at 0.024.
+UNMIXED = 0.02
 # A search over fewer rates is marked in the table.
 FEWEST_RATES = 4
 
@@ -32,7 +33,9 @@ def best_rate(records: list[Record], seed: int) -> float | None:
 
 def at_best(records: list[Record]) -> tuple[list[Record], list[float]]:
     """The runs at the best rate that did not diverge, by seed, and all rates of the search."""
-    seed = min(record["seed"] for record in records)
+    seeds = [record["seed"] for record in records]
+    # The seed of the search is the one with most rates.
+    seed = max(sorted(set(seeds)), key=seeds.count)
     rate = best_rate(records, seed)
     rates = sorted({record["rate"] for record in records if record["seed"] == seed})
     return [r for r in records if r["rate"] == rate and r["diverged"] is None], rates
@@ -113,7 +116,7 @@ def row(own: list[Record], reference: list[Record], ica: bool) -> list[str]:
     else:
         cells += ["–", "–"]
     if ica:
-        cells.append(times(runs, SOLVED))
+        cells.append(times(runs, UNMIXED))
     return [*cells, diverged]
 
 
@@ -139,7 +142,7 @@ def summary(records: list[Record]) -> str:
         "CPU ms a step",
         f"at the seconds of {name}",
         f"seconds to {name}'s end",
-        *([f"seconds to {SOLVED}"] if ica else []),
+        *([f"seconds to {UNMIXED}"] if ica else []),
         "diverged",
     ]
     rows = [row(own, reference, ica) for own in groups.values()]

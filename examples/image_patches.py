@@ -44,7 +44,7 @@ class Preset:
     learning_rate: float = 5e-3
 
 
-PRESETS = {"quick": Preset(8, 2_000), "long": Preset(16, 20_000)}
+PRESETS = {"quick": Preset(8, 3_000), "long": Preset(16, 20_000)}
 
 
 def patch_flow(features: int, preset: Preset) -> Flow:
@@ -139,8 +139,9 @@ def figure(flow: Flow, photographs: Photographs, seed: int) -> Any:
 
 
 def stretched(images: Tensor) -> Tensor:
-    """Each image divided by its own largest value."""
-    return images / images.abs().amax((1, 2), keepdim=True)
+    """Each image divided by its largest value, but for the last pixel, the sum of the others."""
+    largest = images.abs().flatten(1)[:, :-1].amax(1)
+    return images / largest[:, None, None]
 
 
 def tiles(images: Tensor) -> Tensor:

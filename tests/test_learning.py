@@ -1,6 +1,7 @@
 """The benchmark of learning at a toy's length, from data to table and curves."""
 
 import concurrent.futures
+import dataclasses
 import gzip
 import json
 import math
@@ -106,6 +107,25 @@ def test_a_run_that_diverges_is_recorded_and_does_not_win(call):
     table = (output / "ica64-12.md").read_text()
     (line,) = (line for line in table.splitlines() if "relative gradient, SGD" in line)
     assert "0.01 (edge, of 2)" in line and "1 of 2" in line
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError, RuntimeError])
+def test_only_a_failed_factorisation_counts_as_diverged(script, error):
+    """A mistake of the benchmark's own is not to be taken for a layer that cannot be trained."""
+    learning, data = script("learning"), script("learning_data")
+
+    class Failing(NaiveLinear):
+        def forward(self, inputs, context=None):
+            if self.training:
+                raise error("on purpose")
+            return super().forward(inputs, context)
+
+    task = dataclasses.replace(data.ica(3), flow=lambda layer: data.LogisticSources(Failing(3)))
+    if error is RuntimeError:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            learning.train(task, "naive", 1e-3, 0, 5, "failing")
+    else:
+        assert learning.train(task, "naive", 1e-3, 0, 5, "failing")["diverged"] == 1
 
 
 def test_table_alone_runs_nothing(call):
