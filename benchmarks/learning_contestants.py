@@ -163,8 +163,8 @@ CONTESTANTS = {
     "p4": Contestant("P4Inv", lambda n: P4InvTransform(n, init="reverse"), MergeHook),
     "p4-paper": Contestant(
         "P4Inv, the paper's settings",
-        lambda n: P4InvTransform(n, rank=1, init="reverse"),
-        lambda flow, optimizer: MergeHook(flow, optimizer, every=100),
+        lambda n: P4InvTransform(n, rank=1, perturbation="additive", init="reverse"),
+        MergeHook.paper,
     ),
     REFERENCE: Contestant("nflows LULinear", lambda n: swapped(LULinear(n, identity_init=True), n)),
     "qr": Contestant(
