@@ -77,9 +77,10 @@ def spread(values: list[float], form: str) -> str:
     return text
 
 
-def times(runs: list[Record], value: float) -> str:
-    """Median seconds to a value over the seeds; a run that does not get there takes for ever."""
-    found = statistics.median(seconds_to(run, value) for run in runs)
+def times(runs: list[Record], values: list[float]) -> str:
+    """Median seconds of runs to a value each; one that does not get there takes for ever."""
+    pairs = zip(runs, values, strict=True)
+    found = statistics.median(seconds_to(run, value) for run, value in pairs)
     return f"{found:.1f}" if math.isfinite(found) else "–"
 
 
@@ -110,13 +111,15 @@ def row(own: list[Record], reference: list[Record], ica: bool) -> list[str]:
     ]
     if reference:
         seconds = statistics.median(run["curve"][-1]["cpu"] for run in reference)
-        target = statistics.mean(last(run) for run in reference)
+        ends = {run["seed"]: last(run) for run in reference}
+        mean = statistics.mean(ends.values())
         cells.append(spread([value_at(run, seconds) for run in runs], form))
-        cells.append(times(runs, target))
+        # Seed by seed, because runs of one seed see the same batches.
+        cells.append(times(runs, [ends.get(run["seed"], mean) for run in runs]))
     else:
         cells += ["–", "–"]
     if ica:
-        cells.append(times(runs, UNMIXED))
+        cells.append(times(runs, [UNMIXED] * len(runs)))
     return [*cells, diverged]
 
 
