@@ -1,26 +1,13 @@
 """A tiny run of each benchmark, so that it cannot rot."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # nflows' layers call torch.qr and torch.triangular_solve.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.*is deprecated:UserWarning")
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ by name, as it is when it is run from there."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    yield importlib.import_module
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None) or "").startswith(str(BENCHMARKS)):
-            del sys.modules[name]
 
 
 @pytest.fixture

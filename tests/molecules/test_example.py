@@ -59,3 +59,13 @@ def test_columns_in_random_order_are_the_same_structures(output):
     record = ablation.run("spline", "P4Inv, columns in random order", 2, 0, folder)
     assert record["round_trip_nm"] < 1e-3 and math.isfinite(record["median_shift"])
     assert "columns in random order" in ablation.table("spline", [record])
+
+
+def test_benchmark_of_learning_has_the_molecule_as_a_task(script, output):
+    task = script("learning_data").molecule(output)
+    assert task.held_out.shape == (60, task.features)
+    generator = torch.Generator().manual_seed(0)
+    batch = task.batch(7, generator)
+    assert batch.shape == (7, 60)
+    record = script("learning").train(task, "lu", 1e-3, seed=0, steps=2, title="molecule")
+    assert record["diverged"] is None and len(record["curve"]) == 3
