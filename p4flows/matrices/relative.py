@@ -24,7 +24,7 @@ Gradients = tuple[Tensor | None, ...]
 # Adam moves every entry of u by its learning rate η at most, so that a step turns a matrix of n
 # dimensions by up to η·n·scale, whatever the rank. Rates that suit the layers around it (1e-3 to
 # 1e-2) suit a matrix of up to so many dimensions; beyond, v is shorter (benchmarks/learning.py).
-_UNSCALED_UP_TO = 32
+_UNSCALED_UP_TO = 48
 
 
 def gram(u: Tensor, v: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Relative(Perturbation):
     first_draw = "basis"
 
     def scale(self, size: int) -> float:
-        """min(1, 32/n): one learning rate serves all sizes, and the layers around as well."""
+        """min(1, 48/n): one learning rate serves all sizes, and the layers around as well."""
         return min(1.0, _UNSCALED_UP_TO / size)
 
     def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:

@@ -67,8 +67,8 @@ def test_directions_of_the_relative_perturbation_are_orthogonal_and_second_momen
 
 def test_v_is_shorter_in_many_dimensions():
     lengths = [torch.linalg.matrix_norm(InvertibleMatrix(n).v, 2).item() for n in (8, 32, 64, 256)]
-    # √(n/k)·min(1, 32/n) with k = 8, 32, 64, 128.
-    assert lengths == pytest.approx([1.0, 1.0, 0.5, math.sqrt(2) / 8], rel=1e-6)
+    # √(n/k)·min(1, 48/n) with k = 8, 32, 64, 128.
+    assert lengths == pytest.approx([1.0, 1.0, 0.75, math.sqrt(2) * 3 / 16], rel=1e-6)
 
 
 @torch.no_grad()
