@@ -90,7 +90,11 @@ def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tens
     """
     n, k = shape
     position = counter.unsqueeze(-1) * k + torch.arange(k, device=counter.device)
-    random = standard_normal(seed.unsqueeze(-1).expand_as(position), position // n, (2 * n + 1,))
+    # As k ≤ n, a draw sees at most two bases: random numbers of both, then those of each column.
+    basis = torch.stack([position[..., 0], position[..., -1]], dim=-1) // n
+    random = standard_normal(seed.unsqueeze(-1).expand_as(basis), basis, (2 * n + 1,))
+    later = (position // n > basis[..., :1]).unsqueeze(-1)
+    random = torch.where(later, random[..., 1:, :], random[..., :1, :])
     signs, a = random[..., :n].sign(), random[..., n : 2 * n]
     # A random one comes first: the squares of a single column are not equally large.
     first = (n * torch.special.ndtr(random[..., -1:])).long()

@@ -144,6 +144,29 @@ def inverse_small(g: Tensor) -> Tensor:
     return torch.linalg.inv_ex(g).inverse
 
 
+def inverse_and_logabsdet_small(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and log absolute determinant of k × k matrices by one factorisation.
+
+    Args:
+        g: shape `(*batch, k, k)`.
+
+    Returns:
+        The inverse, of the same shape, and ln|det g| of shape `batch`; a singular matrix gives
+        non-finite numbers and no exception.
+
+    Example:
+        >>> inverse, logabsdet = inverse_and_logabsdet_small(-2 * torch.eye(3))
+        >>> inverse[0, 0].item(), round(logabsdet.item(), 4)
+        (-0.5, 2.0794)
+    """
+    if g.shape[-1] == 1:
+        return g.reciprocal(), logabsdet_small(g)
+    lu, pivots, _ = torch.linalg.lu_factor_ex(g)
+    identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device).expand_as(g)
+    logabsdet = lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    return torch.linalg.lu_solve(lu, pivots, identity), logabsdet
+
+
 def residual(matrix: Tensor, inverse: Tensor) -> Tensor:
     """How far a stored inverse is from the inverse: `I − A·X`.
 

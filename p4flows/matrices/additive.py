@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from p4flows.linalg import (
     by_columns,
     capacitance,
+    inverse_and_logabsdet_small,
     inverse_small,
     multiply_transposed,
 )
@@ -107,9 +108,10 @@ class Multiply(torch.autograd.Function):
         """Rows and log-determinants, shapes (N, n) and (N,)."""
         columns_u, columns_v = by_columns(u), by_columns(v)
         w, g = capacitance(inverse, columns_u, columns_v)
+        g_inverse, update = inverse_and_logabsdet_small(g)
         y = F.linear(x, frozen, bias).addmm_(x @ columns_v, columns_u.mT)
-        ctx.save_for_backward(x, u, v, frozen, inverse, w, inverse_small(g))
-        return y, for_each_row(logabsdet_perturbed(g, *logabsdet), x)
+        ctx.save_for_backward(x, u, v, frozen, inverse, w, g_inverse)
+        return y, for_each_row(logabsdet_perturbed(update, *logabsdet), x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> Gradients:
@@ -147,11 +149,11 @@ class Solve(torch.autograd.Function):
         """Rows and log-determinants, shapes (N, n) and (N,)."""
         columns_u, columns_v = by_columns(u), by_columns(v)
         w, g = capacitance(inverse, columns_u, columns_v)
-        g_inverse = inverse_small(g)
+        g_inverse, update = inverse_and_logabsdet_small(g)
         x = (y if bias is None else y - bias) @ inverse.mT
         x.addmm_(x @ columns_v, (w @ g_inverse).mT, alpha=-1)
         ctx.save_for_backward(x, u, v, inverse, w, g_inverse)
-        return x, for_each_row(-logabsdet_perturbed(g, *logabsdet), x)
+        return x, for_each_row(-logabsdet_perturbed(update, *logabsdet), x)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_log: Tensor) -> Gradients:

@@ -5,7 +5,6 @@ import abc
 import torch
 from torch import Tensor
 
-from p4flows.linalg import logabsdet_small
 from p4flows.matrices.perturbed import Draw
 
 
@@ -95,9 +94,9 @@ def needs_plain_operations(x: Tensor) -> bool:
     )
 
 
-def logabsdet_perturbed(g: Tensor, frozen: Tensor, carry: Tensor) -> Tensor:
-    """ln|det Ã| from G, ln|det A| and what rounding cut off of it."""
-    return logabsdet_small(g).add_(carry).add_(frozen)
+def logabsdet_perturbed(update: Tensor, frozen: Tensor, carry: Tensor) -> Tensor:
+    """ln|det Ã| from ln|det G|, ln|det A| and what rounding cut off of it."""
+    return (update + carry).add_(frozen)
 
 
 def for_each_row(logabsdet: Tensor, x: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p4flows.linalg import by_columns, inverse_small, multiply_transposed
+from p4flows.linalg import (
+    by_columns,
+    inverse_and_logabsdet_small,
+    inverse_small,
+    multiply_transposed,
+)
 from p4flows.matrices.perturbation import Perturbation, for_each_row, logabsdet_perturbed
 
 Gradients = tuple[Tensor | None, ...]
@@ -111,7 +116,7 @@ class Multiply(torch.autograd.Function):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        g = gram(u, v)
+        g_inverse, update = inverse_and_logabsdet_small(gram(u, v))
         z = F.linear(x, frozen)
         z_v = z @ by_columns(v)
         y = torch.addmm(z, z_v, by_columns(u).mT)
@@ -119,8 +124,8 @@ class Multiply(torch.autograd.Function):
             y.add_(bias)
         # z is kept for the gradient of v alone, which mostly is not wanted.
         kept = z if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(x, u, v, frozen, z_v, kept, inverse_small(g))
-        return y, for_each_row(logabsdet_perturbed(g, *logabsdet), x)
+        ctx.save_for_backward(x, u, v, frozen, z_v, kept, g_inverse)
+        return y, for_each_row(logabsdet_perturbed(update, *logabsdet), x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> Gradients:
@@ -159,15 +164,14 @@ class Solve(torch.autograd.Function):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        g = gram(u, v)
-        g_inverse = inverse_small(g)
+        g_inverse, update = inverse_and_logabsdet_small(gram(u, v))
         centred = y if bias is None else y - bias
         # Of q = (I + u vᵀ)⁻¹ (y − b), vᵀq is all that the gradient of u asks for.
         q_v = (centred @ by_columns(v)) @ g_inverse.mT
         q = torch.addmm(centred, q_v, by_columns(u).mT, alpha=-1)
         kept = q if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(y, bias, u, v, inverse, q_v, kept, g_inverse)
-        return q @ inverse.mT, for_each_row(-logabsdet_perturbed(g, *logabsdet), y)
+        return q @ inverse.mT, for_each_row(-logabsdet_perturbed(update, *logabsdet), y)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_log: Tensor) -> Gradients:
