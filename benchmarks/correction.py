@@ -1,88 +1,131 @@
-"""Which steps of iterative inversion repair an inverse best: the table of docs/correction.md."""
+"""What repairs a stored inverse best, by condition number: the table of docs/correction.md."""
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from p4flows.linalg import refine_inverse, residual
+from p4flows.linalg import residual
+from p4flows.matrices.error import error_of_state
 
-STEPS = ((2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (7, 1), (7, 2), (7, 3))
-STARTS = (1e-3, 1e-2, 1e-1)
-SIZE = 256
-PRODUCTS = {2: 2, 3: 3, 7: 5}  # matrix products of a step, that in the residual included
+CONDITIONS = {
+    torch.float32: (1e1, 1e2, 1e3, 1e4, 1e5, 1e6),
+    torch.float64: (1e1, 1e2, 1e4, 1e6, 1e8, 1e10),
+}
 
 
-def problem(start: float, seed: int) -> tuple[Tensor, Tensor]:
-    """A and an inverse with ‖A X − I‖ = `start`, float32."""
+def refine_inverse(inverse: Tensor, error: Tensor, order: int) -> Tensor:
+    """A step of the iterative inversion of Soleymani (2014), X·(I + R + … + R^(order−1)).
+
+    The new residual is R^order, where R = I − A·X is the `error` of the old one.
+    """
+    if order == 2:
+        return inverse + inverse @ error
+    squared = error @ error
+    if order == 3:
+        return inverse + inverse @ (error + squared)
+    tail = squared + squared @ squared
+    tail.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    return inverse + inverse @ ((error + squared) @ tail)
+
+
+def iterate(order: int, steps: int, wide: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """Steps of one order, in the matrix's own dtype or in float64."""
+
+    def correct(a: Tensor, x: Tensor) -> Tensor:
+        dtype = a.dtype
+        if wide:
+            a, x = a.double(), x.double()
+        for _ in range(steps):
+            x = refine_inverse(x, residual(a, x), order)
+        return x.to(dtype)
+
+    return correct
+
+
+def by_lu(a: Tensor, x: Tensor) -> Tensor:
+    return torch.linalg.inv(a.double()).to(a.dtype)
+
+
+METHODS = {
+    "order 2, 3 steps": iterate(2, 3),
+    "order 3, 2 steps": iterate(3, 2),
+    "order 7, 1 step": iterate(7, 1),
+    "order 3, 2 steps, float64": iterate(3, 2, wide=True),
+    "LU, float64": by_lu,
+}
+
+
+def problem(size: int, condition: float, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """A of a given condition number and the inverse as it was stored, off by one part in 1e3."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+        return torch.randn(size, size, generator=generator, dtype=torch.float64)
 
-    a = (torch.eye(SIZE) + 0.3 * SIZE**-0.5 * normal()).float()
+    left, right = (torch.linalg.qr(normal()).Q for _ in range(2))
+    a = (left * torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)) @ right
+    a = a.to(dtype)
     error = normal()
-    error *= start / torch.linalg.matrix_norm(error)
-    x = torch.linalg.inv(a.double()) @ (torch.eye(SIZE) - error)
-    return a, x.float()
+    error *= 1e-3 / torch.linalg.matrix_norm(error)
+    x = torch.linalg.inv(a.double()) @ (torch.eye(size) - error)
+    return a, x.to(dtype)
 
 
-def largest(a: Tensor, x: Tensor) -> float:
-    return (a.double() @ x.double() - torch.eye(SIZE)).abs().max().item()
+def reached(method: str, size: int, condition: float, dtype: torch.dtype, draws: int) -> float:
+    """The larger of |A X − I| and |X A − I|, median over some matrices."""
+    found = []
+    for seed in range(draws):
+        a, x = problem(size, condition, dtype, seed)
+        one = torch.ones(())
+        error = error_of_state(a, METHODS[method](a, x), one, one)
+        found.append(max(error.right.item(), error.left.item()))
+    return statistics.median(found)
 
 
-def correct(a: Tensor, x: Tensor, order: int, steps: int) -> Tensor:
-    for _ in range(steps):
-        x = refine_inverse(x, residual(a, x), order)
-    return x
-
-
-def milliseconds(order: int, steps: int, repeats: int) -> float:
-    a, x = problem(STARTS[0], 0)
+def milliseconds(method: str, size: int, repeats: int) -> float:
+    a, x = problem(size, 10.0, torch.float32, 0)
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        correct(a, x, order, steps)
+        METHODS[method](a, x)
         times.append(1e3 * (time.perf_counter() - begin))
     return statistics.median(times)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--draws", type=int, default=5, help="matrices for each entry")
+    parser.add_argument("--timed-size", type=int, default=256)
     parser.add_argument("--json", type=Path, help="file that takes the numbers as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    problems = {
-        start: [problem(start, seed) for seed in range(arguments.draws)] for start in STARTS
-    }
-    by_lu = statistics.median(
-        largest(a, torch.linalg.inv(a.double()).float()) for a, _ in problems[STARTS[0]]
-    )
     rows = []
-    for order, steps in STEPS:
-        reached = {
-            f"{start:.0e}": statistics.median(
-                largest(a, correct(a, x, order, steps)) for a, x in problems[start]
-            )
-            for start in STARTS
-        }
-        cost = {"products": PRODUCTS[order] * steps, "ms": milliseconds(order, steps, 20)}
-        rows.append({"order": order, "steps": steps, **cost, **reached})
-
-    starts = [f"{start:.0e}" for start in STARTS]
-    print("| order | steps | products | ms | " + " | ".join(f"from {s}" for s in starts), "|")
-    print("|---:|" + "---:|" * (3 + len(starts)))
-    for entry in rows:
-        cells = " | ".join(f"{entry[start]:.1e}" for start in starts)
-        cost = f"{entry['products']} | {entry['ms']:.1f}"
-        print(f"| {entry['order']} | {entry['steps']} | {cost} | {cells} |")
-    about = {"n": SIZE, "dtype": "float32", "torch": torch.__version__, "LU": f"{by_lu:.1e}"}
-    print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()) + ", one thread.")
+    for method in METHODS:
+        row: dict[str, object] = {"method": method}
+        row["ms"] = milliseconds(method, arguments.timed_size, 20)
+        for dtype, conditions in CONDITIONS.items():
+            for condition in conditions:
+                key = f"{str(dtype).removeprefix('torch.')} {condition:.0e}"
+                row[key] = reached(method, arguments.size, condition, dtype, arguments.draws)
+        rows.append(row)
+    for dtype in ("float32", "float64"):
+        keys = [key for key in rows[0] if key.startswith(dtype)]
+        print(f"| {dtype} |", " | ".join(key.split()[1] for key in keys), "|")
+        print("|---|" + "---:|" * len(keys))
+        for row in rows:
+            print(f"| {row['method']} |", " | ".join(f"{row[key]:.0e}" for key in keys), "|")
+        print()
+    print(", ".join(f"{row['method']}: {row['ms']:.1f} ms" for row in rows))
+    about = {"n": arguments.size, "timed n": arguments.timed_size, "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + ", one thread.")
     if arguments.json:
         arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 

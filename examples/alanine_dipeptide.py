@@ -28,7 +28,6 @@ from nflows.flows.base import Flow
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit
-from p4flows.linalg import residual
 from p4flows.molecules import (
     LangevinDynamics,
     MixedCoordinateTransform,
@@ -211,7 +210,7 @@ def evaluate(problem: Problem, flow: Flow, seed: int) -> tuple[dict[str, Any], S
         (back - problem.coordinates.inverse(features[:SAMPLES])[0]).abs().max().item()
     )
     errors = [
-        residual(module.frozen.double(), module.inverse_frozen.double()).abs().max().item()
+        module.error().worst().right.item()
         for module in flow.modules()
         if isinstance(module, InvertibleMatrix)
     ]

@@ -1,6 +1,7 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
 from p4flows.builders import bent_stacked_flow, realnvp_flow
+from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
 from p4flows.parametrize import invertible, orthogonal
@@ -20,6 +21,7 @@ __all__ = [
     "P4OrthogonalTransform",
     "PerturbedMatrix",
     "bent_stacked_flow",
+    "diagnose",
     "fit",
     "invertible",
     "orthogonal",

@@ -6,9 +6,13 @@ the module. A counter-based draw (Salmon et al., "Parallel random numbers: as ea
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+# How v is drawn anew, by name: see `PerturbedMatrix.attempt_merge`.
+Draw = Literal["normal", "basis"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -64,6 +68,26 @@ def standard_normal(seed: Tensor, counter: Tensor, shape: tuple[int, ...]) -> Te
     radius = torch.sqrt(-2.0 * torch.log(_uniform(bits[..., :size])))
     angle = 2.0 * math.pi * _uniform(bits[..., size:])
     return (radius * torch.cos(angle)).reshape(*seed.shape, *shape)
+
+
+def random_signs(seed: Tensor, counter: Tensor, n: int) -> Tensor:
+    """Signs that depend on nothing but `seed` and `counter`, other ones than in the other draws.
+
+    Args:
+        seed: int64 tensor of shape `(*batch,)`.
+        counter: int64 tensor of shape `(*batch,)`.
+        n: how many.
+
+    Returns:
+        int64 tensor of ±1, shape `(*batch, n)`.
+
+    Example:
+        >>> random_signs(torch.tensor(1), torch.tensor(0), 1000).unique().tolist()
+        [-1, 1]
+    """
+    stream = _scramble(seed + _scramble(~counter * _signed(_GOLDEN)))
+    index = torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN)
+    return (_scramble(stream.unsqueeze(-1) + index) >> 63) | 1
 
 
 def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rank-k formulas and iterative inversion for batches of matrices, as pure functions.
+"""Rank-k formulas for batches of matrices, as pure functions.
 
 Matrices have shape `(*batch, n, n)`, their rank-k factors `(*batch, n, k)`.
 """
@@ -49,6 +49,28 @@ def multiply_transposed(matrix: Tensor, factor: Tensor) -> Tensor:
         [[3.0], [6.0]]
     """
     return (factor.mT @ matrix).mT
+
+
+def add_product(matrix: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """`matrix + alpha·left·rightᵀ` for factors of few columns, in one pass.
+
+    Args:
+        matrix: shape `(*batch, n, n)`.
+        left: shape `(*batch, n, k)`.
+        right: shape `(*batch, n, k)`.
+        alpha: a factor.
+
+    Returns:
+        A new tensor of shape `(*batch, n, n)`.
+
+    Example:
+        >>> add_product(torch.eye(2), torch.ones(2, 1), torch.ones(2, 1), alpha=-1.0).tolist()
+        [[0.0, -1.0], [-1.0, 0.0]]
+    """
+    if matrix.dim() == 2:
+        return torch.addmm(matrix, left, right.mT, alpha=alpha)
+    parts = (part.flatten(0, -3) for part in (matrix, left, right.mT))
+    return torch.baddbmm(*parts, alpha=alpha).view_as(matrix)
 
 
 def by_columns(factor: Tensor) -> Tensor:
@@ -186,37 +208,20 @@ def residual(matrix: Tensor, inverse: Tensor) -> Tensor:
     return error.neg_()
 
 
-def refine_inverse(inverse: Tensor, error: Tensor, order: int = 3) -> Tensor:
-    """One step of the iterative inversion of Soleymani (2014), X·(I + R + … + R^(order−1)).
-
-    The new residual is R^order, so it converges when the spectral radius of R is below one.
+def norm_1(matrix: Tensor) -> Tensor:
+    """‖A‖₁, the largest sum of absolute entries of a column, in float64 and one pass.
 
     Args:
-        inverse: X ≈ A⁻¹, shape `(*batch, n, n)`.
-        error: the residual R = I − A·X.
-        order: 2, 3 or 7; 1, 2 or 4 matrix products on top of the one in the residual.
+        matrix: A, shape `(*batch, n, n)`.
 
     Returns:
-        The refined inverse.
-
-    Raises:
-        ValueError: when the order is another one.
+        Tensor of shape `batch`.
 
     Example:
-        >>> a, x = 2 * torch.eye(2), torch.eye(2) * 0.4
-        >>> refine_inverse(x, residual(a, x), order=3)[0, 0].item() > 0.49
-        True
+        >>> norm_1(torch.tensor([[1.0, -2.0], [3.0, 1.0]])).item()
+        4.0
     """
-    if order == 2:
-        return inverse + inverse @ error
-    squared = error @ error
-    if order == 3:
-        return inverse + inverse @ (error + squared)
-    if order == 7:
-        tail = squared + squared @ squared
-        tail.diagonal(dim1=-2, dim2=-1).add_(1.0)
-        return inverse + inverse @ ((error + squared) @ tail)
-    raise ValueError(f"order must be 2, 3 or 7, got {order}")
+    return torch.linalg.vector_norm(matrix, 1, dim=-2).amax(-1).double()
 
 
 def compact_wy(w: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """MergeHook: decides when perturbed matrices merge, from inside the optimizer's step."""
 
 import dataclasses
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from p4flows.arguments import check_positive_int
+from p4flows.draws import Draw
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
-from p4flows.matrices.perturbed import Draw
+from p4flows.matrices.merge import MergeReport, merge_together
 from p4flows.optimizer_state import (
     carry_momentum,
     restart_lbfgs,
@@ -23,6 +25,11 @@ from p4flows.optimizer_state import (
 # A stack of small matrices merges in the time of one; copying large ones into a stack and back
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).
 _STACK_UP_TO = 128
+
+COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
+
+# From here on a round trip through a matrix keeps less than one digit.
+CONDITION_EPS = 0.1
 
 # Which hook drives a matrix: a second one would merge twice as often, which nothing else shows.
 _drivers: "weakref.WeakKeyDictionary[PerturbedMatrix, weakref.ref[MergeHook]]" = (
@@ -38,9 +45,11 @@ class MergeStats:
         merged: perturbations merged into their matrix, the forced ones included.
         skipped: merges refused because they were outside the bounds or not finite.
         forced: merges outside the bounds that N_force let through.
-        reset: perturbations thrown away because they were not finite.
-        corrected: corrections of a stored inverse.
-        rescued: corrections that had to rebuild the inverse by LU.
+        reset: perturbations thrown away because they were not finite, or because N_force would have
+            made the matrix singular to working precision.
+        corrected: stored inverses computed anew, each N_correct merges and where a probe found one
+            off.
+        rescued: corrections of each N_correct merges that found no right digit left.
 
     Example:
         >>> dict(MergeStats(merged=3))["merged"]
@@ -133,6 +142,7 @@ class MergeHook:
         self.stats = MergeStats()
         self._steps = 0
         self._merges = 0
+        self._warned_of_condition = False
         self._matrices = _trainable_matrices(module, optimizer)
         # Weak, because the optimizer holds the hook: both shall go when the user lets go of them.
         self._optimizer = weakref.ref(optimizer)
@@ -229,35 +239,58 @@ class MergeHook:
         force = self.force_every is not None and self._merges % self.force_every == 0
         correct = self.correct_every is not None and self._merges % self.correct_every == 0
         for group in self._groups():
-            target = group[0] if len(group) == 1 else type(group[0]).stack(group)
-            before = target.v.detach().clone()
-            outcome = target.attempt_merge(force, self.draw)
-            self._count(outcome)
-            if correct:
-                rescued = target.correct()
-                self.stats.corrected += rescued.numel()
-                self.stats.rescued += int(rescued.sum())
-            if len(group) == 1:
-                self._restart_state(optimizer, target, before, outcome)
-                continue
-            target.unstack_into(group)
-            for matrix, *own in zip(group, before, *outcome, strict=True):
-                self._restart_state(optimizer, matrix, own[0], MergeOutcome(*own[1:]))
+            matrices = list(group.values())
+            report = merge_together(matrices, force, self.draw, correct)
+            # All that the host has to know of the group, in one read.
+            numbers = _for_host(report, len(matrices))
+            self._count(numbers)
+            self._restart_states(optimizer, matrices, report, numbers)
+            self._watch_condition(group, numbers["condition"])
 
-    def _groups(self) -> list[list[PerturbedMatrix]]:
-        """The matrices, those together that can be merged by the same calls."""
-        groups: dict[Any, list[PerturbedMatrix]] = defaultdict(list)
+    def _restart_states(
+        self,
+        optimizer: Optimizer,
+        matrices: list[PerturbedMatrix],
+        report: MergeReport,
+        numbers: dict[str, Tensor],
+    ) -> None:
+        redrawn = ((numbers["merged"] + numbers["reset"]) > 0).any(-1).tolist()
+        several = len(matrices) > 1
+        for index, matrix in enumerate(matrices):
+            if redrawn[index]:
+                own = (row[index] if several else row for row in (report.v, *report.outcome))
+                before, *masks = own
+                self._restart_state(optimizer, matrix, before, MergeOutcome(*masks))
+
+    def _watch_condition(self, group: dict[str, PerturbedMatrix], condition: Tensor) -> None:
+        """Tell the user once when the dtype cannot carry a matrix any more."""
+        dtype = next(iter(group.values())).frozen.dtype
+        eps = torch.finfo(dtype).eps
+        worst = condition.amax(-1).tolist()
+        beyond = [name for name, c in zip(group, worst, strict=True) if not c * eps < CONDITION_EPS]
+        if beyond and not self._warned_of_condition:
+            self._warned_of_condition = True
+            warnings.warn(
+                f"{', '.join(beyond)}: condition numbers up to {max(worst):.0e}, of which {dtype} "
+                "keeps less than a digit in the inverse direction. Train in float64, with narrower "
+                "bounds or with hook.penalty; p4flows.diagnose(module) shows each layer",
+                stacklevel=2,
+            )
+
+    def _groups(self) -> list[dict[str, PerturbedMatrix]]:
+        """The matrices by name, those together that can be merged by the same calls."""
+        groups: dict[Any, dict[str, PerturbedMatrix]] = defaultdict(dict)
         for name, matrix in self._matrices.items():
             alone = name if matrix.size > _STACK_UP_TO else ""
-            groups[matrix.layout(), alone].append(matrix)
+            groups[matrix.layout(), alone][name] = matrix
         return list(groups.values())
 
-    def _count(self, outcome: MergeOutcome) -> None:
-        merged, forced, reset = (int(mask.sum()) for mask in outcome)
-        self.stats.merged += merged
-        self.stats.forced += forced
-        self.stats.reset += reset
-        self.stats.skipped += outcome.merged.numel() - merged - reset
+    def _count(self, numbers: dict[str, Tensor]) -> None:
+        counts = {name: int(number.sum()) for name, number in numbers.items() if name in COUNTED}
+        for name, count in counts.items():
+            setattr(self.stats, name, getattr(self.stats, name) + count)
+        attempted = numbers["merged"].numel()
+        self.stats.skipped += attempted - counts["merged"] - counts["reset"]
 
     def _restart_state(
         self, optimizer: Optimizer, matrix: PerturbedMatrix, before: Tensor, outcome: MergeOutcome
@@ -275,6 +308,14 @@ class MergeHook:
         restart_parameter(
             optimizer, matrix.v, outcome.reset if self.restart == "carry" else redrawn
         )
+
+
+def _for_host(report: MergeReport, matrices: int) -> dict[str, Tensor]:
+    """Masks and condition numbers on the CPU, float64, shape (matrices, members of each)."""
+    fields = {**report.outcome._asdict(), "corrected": report.corrected, "rescued": report.rescued}
+    rows = [*(mask.double() for mask in fields.values()), report.condition]
+    host = torch.stack(rows).cpu().reshape(len(rows), matrices, -1)
+    return dict(zip((*fields, "condition"), host, strict=True))
 
 
 def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, PerturbedMatrix]:

@@ -1,8 +1,10 @@
 """fit: the training loop that the examples share, with progress, checkpoints and exact resume."""
 
+import copy
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +16,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
+from p4flows.checkpoints import previous_of, read_checkpoint, try_folder, write_checkpoint
+from p4flows.matrices import InvertibleMatrix
 from p4flows.merging import MergeHook
 
-_FORMAT = 1
+_FORMAT = 2
 # Formatting the bar costs as much as a step of a small flow, so it is not done at each one.
 _SHOW_EVERY = 50
 
@@ -79,11 +83,14 @@ def fit(
         scheduler: learning-rate schedule, stepped after every gradient step.
         loss: function of (flow, batch) that returns a scalar; −log-likelihood by default.
         generator: passed to `batches`; by default one that starts from torch's global seed.
-        checkpoint: file that takes flow, optimizer, scheduler, hook and random state together.
+        checkpoint: file that takes flow, optimizer, scheduler, hook and random state together. The
+            one before it stays as `checkpoint.previous`; each is written aside, synchronised to the
+            disk and read back against its checksum before it counts.
         checkpoint_every: steps between checkpoints; one more is written at the end.
-        resume: True continues from `checkpoint` if that file exists; a path continues from there.
-            The run ends with the numbers that an uninterrupted one would have ended with; a
-            `DataLoader` is to shuffle by torch's global random state or by its own `generator`.
+        resume: True continues from `checkpoint` if that file exists; a path continues from there. A
+            damaged file gives way to the previous one, with a warning. The run ends with the
+            numbers that an uninterrupted one would have ended with; a `DataLoader` is to shuffle by
+            torch's global random state or by its own `generator`.
         progress: whether to show a progress bar with the loss and the merge counts.
 
     Returns:
@@ -92,10 +99,13 @@ def fit(
     Raises:
         TypeError: when steps or checkpoint_every is not an int, or batches is neither.
         ValueError: when one is not positive, the batches run out, a penalty is asked for without a
-            hook, or the checkpoint is of another architecture, another optimizer or beyond `steps`
-            (nothing has been overwritten then).
-        FloatingPointError: when loss or penalty is not finite, before the step is taken.
+            hook, or the checkpoint is damaged, of another architecture, another optimizer, other
+            settings of the hook or beyond `steps` (nothing has been overwritten then).
+        FloatingPointError: when loss, penalty or a gradient is not finite, before the step is taken
+            and before anything is saved.
         FileNotFoundError: when resume names a file that does not exist.
+        OSError: when the checkpoint cannot be written, before the first step where the folder shows
+            it.
 
     Example:
         >>> from p4flows import bent_stacked_flow, toy
@@ -118,16 +128,18 @@ def fit(
         generator = torch.Generator().manual_seed(torch.initial_seed())
 
     run = _Run(flow, optimizer, scheduler, hook, generator, _source(batches))
+    run.settings["penalty"] = penalty
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        try_folder(path)
     resumed: Path | None = None
     if not isinstance(resume, bool):
         resumed = Path(resume)
-    elif resume and path is not None and path.exists():
+    elif resume and path is not None and (path.exists() or previous_of(path).exists()):
         resumed = path
     last_good: tuple[Path, int] | None = None
     if resumed is not None:
-        run.load(resumed, steps)
-        last_good = resumed, run.step
+        last_good = run.load(resumed, steps), run.step
 
     was_training = flow.training
     flow.train()
@@ -137,13 +149,11 @@ def fit(
             while run.step < steps:
                 batch = run.source(generator)
                 value = objective = loss(flow, batch)
-                number = value.item()
                 if hook is not None and penalty != 0.0:
                     objective = value + hook.penalty(penalty)
-                if not math.isfinite(objective.item()):
-                    raise FloatingPointError(_not_finite(objective.item(), run.step, last_good))
                 optimizer.zero_grad()
                 objective.backward()
+                number = _checked(value, objective, flow, optimizer, run.step, last_good)
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
@@ -179,6 +189,7 @@ class _Run:
                 self.parts[name] = part
         self.source = source
         self.generator = generator
+        self.settings = _settings(flow, hook)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -194,6 +205,7 @@ class _Run:
         state = {
             "format": _FORMAT,
             "kinds": self.kinds,
+            "settings": self.settings,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "losses": torch.tensor(self.losses, dtype=torch.float64),
             "seconds": self.seconds,
@@ -201,24 +213,34 @@ class _Run:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved, so that a kill at any moment leaves a whole checkpoint.
-        aside = path.with_name(path.name + ".part")
-        torch.save(state, aside)
-        os.replace(aside, path)
+        write_checkpoint(path, state)
 
-    def load(self, path: Path, steps: int) -> None:
-        # On the CPU, where random states live; load_state_dict moves the rest to its device.
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        self._check(state, path, steps)
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+    def load(self, path: Path, steps: int) -> Path:
+        """Take all parts over, or none; the file that they came from."""
+        state, found = read_checkpoint(path)
+        self._check(state, found, steps)
+        before = {
+            name: copy.deepcopy(part.state_dict())
+            for name, part in self.parts.items()
+            if part is not self.source
+        }
+        random = self.generator.get_state(), torch.get_rng_state()
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+        except BaseException:
+            for name, kept in before.items():
+                self.parts[name].load_state_dict(kept)
+            self.generator.set_state(random[0])
+            torch.set_rng_state(random[1])
+            raise
         self.losses = state["losses"].tolist()
         self.seconds = state["seconds"]
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"])
         if torch.cuda.is_available() and state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
+        return found
 
     def _check(self, state: dict[str, Any], path: Path, steps: int) -> None:
         """An error before anything is overwritten when the checkpoint fits another run."""
@@ -248,6 +270,30 @@ class _Run:
                 f"{path} is of another optimizer: parameter groups of {groups} parameters, "
                 f"expected {expected}"
             )
+        changed = [
+            f"{name} was {state['settings'].get(name)!r} and is {value!r}"
+            for name, value in self.settings.items()
+            if state["settings"].get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} was trained with other settings ({', '.join(changed)}): it cannot go on "
+                "as it would have"
+            )
+
+
+def _settings(flow: nn.Module, hook: MergeHook | None) -> dict[str, Any]:
+    """What decides how a run goes on and is in no state dict, by name."""
+    plain = int | float | str | None
+    settings = {
+        f"hook.{name}": value
+        for name, value in ({} if hook is None else vars(hook)).items()
+        if not name.startswith("_") and isinstance(value, plain)
+    }
+    for name, module in flow.named_modules():
+        if isinstance(module, InvertibleMatrix):
+            settings[f"{name or 'flow'}.bounds"] = repr(module.bounds)
+    return settings
 
 
 def _layout(state_dict: dict[str, Any]) -> dict[str, str]:
@@ -353,8 +399,50 @@ def _shown(loss: float, hook: MergeHook | None) -> dict[str, Any]:
     return shown
 
 
-def _not_finite(loss: float, step: int, last_good: tuple[Path, int] | None) -> str:
+def _checked(
+    value: Tensor,
+    objective: Tensor,
+    flow: nn.Module,
+    optimizer: Optimizer,
+    step: int,
+    last_good: tuple[Path, int] | None,
+) -> float:
+    """The loss as a number; an error when it, the penalty or a gradient is not finite.
+
+    All of them travel to the host together: one synchronisation a step.
+    """
+    gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None:
+                entries = gradient._values() if gradient.is_sparse else gradient
+                gradients[gradient.device].append(entries)
+    found = torch.zeros((), device=objective.device)
+    for device, entries_there in gradients.items():
+        # GradScaler's kernel: one call for all, where a norm of each would take ten times as long.
+        found_there = torch.zeros((), device=device)
+        one = torch.ones((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(entries_there, found_there, one)
+        found = found + found_there.to(found.device)
+    loss, total, broken = torch.stack([value.detach(), objective.detach(), found]).tolist()
+    if not math.isfinite(total):
+        raise FloatingPointError(_not_finite(f"loss is {total}", step, last_good))
+    if broken:
+        names = (
+            name
+            for name, parameter in flow.named_parameters()
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+        )
+        name = next(names, "a parameter")
+        raise FloatingPointError(
+            _not_finite(f"the gradient of {name} is not finite", step, last_good)
+        )
+    return float(loss)
+
+
+def _not_finite(found: str, step: int, last_good: tuple[Path, int] | None) -> str:
     advice = "there is no checkpoint"
     if last_good is not None:
         advice = f"the last good checkpoint is {last_good[0]} (step {last_good[1]})"
-    return f"loss is {loss} at step {step + 1}; {advice}"
+    return f"{found} at step {step + 1}; {advice}"

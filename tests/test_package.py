@@ -24,6 +24,7 @@ CONTRACT = {
     "P4OrthogonalTransform",
     "PerturbedMatrix",
     "bent_stacked_flow",
+    "diagnose",
     "fit",
     "invertible",
     "orthogonal",

@@ -1,8 +1,17 @@
 """Perturbed matrices: frozen, with a small trainable perturbation on top (paper, Section 2)."""
 
 from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.error import MatrixError
 from p4flows.matrices.invertible import InvertibleMatrix
+from p4flows.matrices.merge import MergeOutcome
 from p4flows.matrices.orthogonal import OrthogonalMatrix
-from p4flows.matrices.perturbed import MergeOutcome, PerturbedMatrix
+from p4flows.matrices.perturbed import PerturbedMatrix
 
-__all__ = ["InvertibleMatrix", "MergeBounds", "MergeOutcome", "OrthogonalMatrix", "PerturbedMatrix"]
+__all__ = [
+    "InvertibleMatrix",
+    "MatrixError",
+    "MergeBounds",
+    "MergeOutcome",
+    "OrthogonalMatrix",
+    "PerturbedMatrix",
+]

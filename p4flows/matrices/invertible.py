@@ -7,18 +7,23 @@ import torch
 from torch import Tensor
 
 from p4flows.arguments import check_positive_int
+from p4flows.draws import Draw
 from p4flows.linalg import (
+    add_product,
     inverse_small,
     log_singular_values,
-    refine_inverse,
-    residual,
+    norm_1,
     slogdet_small,
 )
 from p4flows.matrices.additive import Additive
 from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
 from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
-from p4flows.matrices.perturbed import Draw, PerturbedMatrix
+from p4flows.matrices.perturbed import PerturbedMatrix
 from p4flows.matrices.relative import Relative
+
+# A stored inverse further from the right one, relative to it, was of no use.
+_LOST = 0.1
 
 _PERTURBATIONS: dict[str, Perturbation] = {kind.name: kind for kind in (Relative(), Additive())}
 
@@ -130,23 +135,15 @@ class InvertibleMatrix(PerturbedMatrix):
 
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         """A with its inverse and log-determinant, computed once in float64."""
-        wide = matrix.double()
-        inverse = torch.linalg.inv_ex(wide).inverse
-        sign, logabsdet = torch.linalg.slogdet(wide)
-        condition = torch.linalg.matrix_norm(wide, 1) * torch.linalg.matrix_norm(inverse, 1)
+        state = _by_lu(matrix)
+        condition = norm_1(matrix) * norm_1(state["inverse_frozen"])
         # Written so that NaN, the condition number of an exactly singular matrix, is refused too.
         if not bool((condition < 1.0 / torch.finfo(matrix.dtype).eps).all()):
             raise ValueError(
                 f"init must be invertible, got a matrix that is singular to working precision "
                 f"(condition number {condition.max().item():.1e} in {matrix.dtype})"
             )
-        derived = {
-            "inverse_frozen": inverse,
-            "sign": sign,
-            "logabsdet_frozen": logabsdet,
-            "logabsdet_carry": torch.zeros_like(logabsdet),
-        }
-        return {"frozen": matrix} | {name: x.to(matrix.dtype) for name, x in derived.items()}
+        return {"frozen": matrix, **state}
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Ã x + bias for rows x (Appendix B): no n × n matrix is formed or differentiated.
@@ -224,80 +221,61 @@ class InvertibleMatrix(PerturbedMatrix):
         _, update = slogdet_small(self.capacitance())
         return self.bounds.penalty(update, self.logabsdet_frozen + update)
 
-    def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
-        """Algorithm 2; in place, without temporaries of the size of A."""
-        g, right = self.capacitance(), self.right_factor()
-        w, z = self.inverse_factors()
+    def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
+        """Algorithm 2, followed by a probe of what it leaves."""
+        a, x, u, v = (state[name] for name in ("frozen", "inverse_frozen", "u", "v"))
+        g, right = self._kind.capacitance(x, u, v), self._kind.right_factor(a, v)
+        w, z = self._kind.inverse_factors(x, u, v)
+        w = w @ inverse_small(g)
         sign, update = slogdet_small(g)
-        sane = self.bounds.accept(log_singular_values(g), self.logabsdet_frozen + update)
-        # No entry of the new A and A⁻¹ can exceed these sums, so finite sums are a finite merge. An
-        # infinite update is a singular G or one that overflowed.
-        size_frozen = _largest(self.frozen) + _largest_product(self.u, right)
-        size_inverse = _largest(self.inverse_frozen) + _largest_product(w, z)
-        finite = update.isfinite() & size_frozen.isfinite() & size_inverse.isfinite()
-        possible = candidates & finite
-        merged = possible & (sane | force)
+        sane = self.bounds.accept(log_singular_values(g), state["logabsdet_frozen"] + update)
+        tried = candidates & update.isfinite() & (sane | force)
+        column = tried[..., None, None]
+        u, right, w, z = (torch.where(column, factor, 0.0) for factor in (u, right, w, z))
+        new = {
+            "frozen": add_product(a, u, right),
+            "inverse_frozen": add_product(x, w, z, alpha=-1.0),
+            "sign": state["sign"] * torch.where(tried, sign, 1.0),
+            **_add_to_logabsdet(state, torch.where(tried, update, 0.0)),
+        }
+        off, condition = probe(new["frozen"], new["inverse_frozen"], state["seed"], state["draws"])
+        eps = torch.finfo(a.dtype).eps
+        # Written so that NaN is doubtful.
+        passed = off <= PROBE_TOLERANCE * self.size * eps * condition
+        doubtful = tried & ~(passed & (condition < 1.0 / eps))
+        corrected = rescued = torch.zeros_like(tried)
+        if bool(doubtful.any()):
+            corrected, rescued = _settle(state, new, doubtful, condition)
+        merged = tried & (~doubtful | corrected)
+        return Merged(new, merged, merged & ~sane, corrected, rescued, condition)
 
-        column = merged[..., None, None]
+    def _corrected(self, state: State) -> tuple[State, Tensor]:
+        """Inverse, sign and log-determinant of A by LU in float64."""
+        fresh = _by_lu(state["frozen"])
+        usable = _is_usable(fresh)
+        lost = _is_lost(state["inverse_frozen"], fresh["inverse_frozen"])
+        kept = {}
+        for name, value in fresh.items():
+            where = usable[..., None, None] if value.dim() > usable.dim() else usable
+            kept[name] = torch.where(where, value, state[name])
+        return kept, usable & lost
 
-        def masked(factor: Tensor) -> Tensor:
-            return torch.where(column, factor, 0.0).reshape(-1, self.size, self.rank)
-
-        n = self.size
-        self.frozen.view(-1, n, n).baddbmm_(masked(self.u), masked(right).mT)
-        self.inverse_frozen.view(-1, n, n).baddbmm_(masked(w), masked(z).mT, alpha=-1)
-        self.sign.mul_(torch.where(merged, sign, 1.0))
-        self._add_to_logabsdet(torch.where(merged, update, 0.0))
-        return merged, merged & ~sane
-
-    def _add_to_logabsdet(self, increment: Tensor) -> None:
-        """Kahan's compensated sum: what one addition rounds off takes part in the next."""
-        old = self.logabsdet_frozen.clone()
-        increment = increment + self.logabsdet_carry
-        self.logabsdet_frozen.add_(increment)
-        taken = self.logabsdet_frozen - old
-        self.logabsdet_carry.copy_((old - (self.logabsdet_frozen - taken)) + (increment - taken))
-
-    @torch.no_grad()
     def correct(self) -> Tensor:
-        """Refresh the stored inverse by iterative inversion and the log-determinant with it.
+        """Compute inverse, sign and log-determinant of A anew, by LU in float64.
 
-        Two steps of order 3 (Soleymani 2014) leave the residual to the power of nine for six matrix
-        products; all orders end at the same rounding, these get there from furthest for their cost.
-        An inverse too far off for the two steps to finish is rebuilt by LU in float64.
+        What is stored is then right to rounding at any condition, on both sides. Iterating on
+        I − A·X costs as much and ends at eps·cond² on the other side (docs/correction.md). A matrix
+        whose inverse is not finite in its dtype keeps what it has.
 
         Returns:
-            Boolean tensor of shape `batch_shape`: inverses that were rebuilt. Cost O(n³).
+            Boolean tensor of shape `batch_shape`: inverses that had not one right digit left. Cost
+            O(n³).
         """
-        error = residual(self.frozen, self.inverse_frozen)
-        # Two steps leave the residual R⁹, which has to be rounding; so that NaN counts as lost.
-        lost = ~(torch.linalg.matrix_norm(error) < torch.finfo(error.dtype).eps ** (1 / 9))
-        refined = refine_inverse(self.inverse_frozen, error)
-        refined = refine_inverse(refined, residual(self.frozen, refined))
-        rescued = torch.zeros_like(lost)
-        if bool(lost.any()):
-            rebuilt = torch.linalg.inv_ex(self.frozen.double()).inverse.to(self.frozen.dtype)
-            rescued = lost & rebuilt.isfinite().flatten(-2).all(-1)
-            refined = torch.where(rescued[..., None, None], rebuilt, refined)
-        keep = refined.isfinite().flatten(-2).all(-1) & (~lost | rescued)
-        self.inverse_frozen.copy_(torch.where(keep[..., None, None], refined, self.inverse_frozen))
-        self._refresh_slogdet()
-        return rescued
+        return super().correct()
 
-    def _refresh_slogdet(self) -> None:
-        """Take sign and log-determinant from A again, where A is not singular.
-
-        Each merge adds ln|det G| with an error of about eps·cond(A), which nothing later undoes:
-        a path through the singular matrices leaves an offset for good. Corrections are rare and
-        O(n³) anyway, so a factorisation ends the drift here and costs a training step nothing.
-        """
-        wide_sign, wide = torch.linalg.slogdet(self.frozen.double())
-        regular = wide.isfinite() & (wide_sign != 0)
-        logabsdet = wide.to(self.frozen.dtype)
-        carry = (wide - logabsdet.double()).to(self.frozen.dtype)
-        self.sign.copy_(torch.where(regular, wide_sign.to(self.sign.dtype), self.sign))
-        self.logabsdet_frozen.copy_(torch.where(regular, logabsdet, self.logabsdet_frozen))
-        self.logabsdet_carry.copy_(torch.where(regular, carry, self.logabsdet_carry))
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logabsdet = self.logabsdet_frozen.double() + self.logabsdet_carry.double()
+        return self.frozen, self.inverse_frozen, self.sign, logabsdet
 
     def layout(self) -> tuple[Any, ...]:
         """What two matrices must have in common to be stacked."""
@@ -322,12 +300,61 @@ class InvertibleMatrix(PerturbedMatrix):
         return f"{super().extra_repr()}, perturbation={self.perturbation!r}"
 
 
-def _largest(matrix: Tensor) -> Tensor:
-    """Largest absolute entry of each matrix."""
-    return torch.linalg.vector_norm(matrix, ord=math.inf, dim=(-2, -1))
+def _by_lu(matrix: Tensor) -> dict[str, Tensor]:
+    """What is stored beside A, computed in float64: buffers by name, in the dtype of A."""
+    wide = matrix.double()
+    sign, logabsdet = torch.linalg.slogdet(wide)
+    rounded = logabsdet.to(matrix.dtype)
+    derived = {
+        "inverse_frozen": torch.linalg.inv_ex(wide).inverse,
+        "sign": sign,
+        "logabsdet_frozen": rounded,
+        "logabsdet_carry": torch.nan_to_num(logabsdet - rounded.double()),
+    }
+    return {name: value.to(matrix.dtype) for name, value in derived.items()}
 
 
-def _largest_product(left: Tensor, right: Tensor) -> Tensor:
-    """A bound on the entries of each `left @ right.mT`, without forming it."""
-    largest = [torch.linalg.vector_norm(f, ord=math.inf, dim=-2) for f in (left, right)]
-    return (largest[0] * largest[1]).sum(-1)
+def _settle(state: State, new: State, doubtful: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute doubtful inverses anew; what is singular to working precision stays as it was.
+
+    Writes into `new` and `condition`, and returns masks of what was computed anew and what of it
+    had been lost.
+    """
+    a = new["frozen"][doubtful]
+    fresh = {"frozen": a, **_by_lu(a)}
+    exact = norm_1(a) * norm_1(fresh["inverse_frozen"])
+    usable = _is_usable(fresh) & (exact < 1.0 / torch.finfo(a.dtype).eps)
+    lost = _is_lost(new["inverse_frozen"][doubtful], fresh["inverse_frozen"])
+    for name, value in fresh.items():
+        where = usable[:, None, None] if value.dim() == 3 else usable
+        new[name][doubtful] = torch.where(where, value, state[name][doubtful])
+    condition[doubtful] = torch.where(
+        usable, exact, norm_1(state["frozen"][doubtful]) * norm_1(state["inverse_frozen"][doubtful])
+    )
+    settled, rescued = torch.zeros_like(doubtful), torch.zeros_like(doubtful)
+    settled[doubtful] = usable
+    rescued[doubtful] = usable & lost
+    return settled, rescued
+
+
+def _is_lost(stored: Tensor, right: Tensor) -> Tensor:
+    """Where a stored inverse has not one right digit."""
+    distance = torch.linalg.matrix_norm(right - stored)
+    # Written so that NaN counts as lost.
+    return ~(distance <= _LOST * torch.linalg.matrix_norm(right))
+
+
+def _is_usable(state: State) -> Tensor:
+    """Where all that is stored beside A is finite and A is not singular."""
+    inverse = state["inverse_frozen"].isfinite().flatten(-2).all(-1)
+    return inverse & state["logabsdet_frozen"].isfinite() & (state["sign"] != 0)
+
+
+def _add_to_logabsdet(state: State, increment: Tensor) -> State:
+    """Kahan's compensated sum: what one addition rounds off takes part in the next."""
+    old = state["logabsdet_frozen"]
+    increment = increment + state["logabsdet_carry"]
+    new = old + increment
+    taken = new - old
+    carry = (old - (new - taken)) + (increment - taken)
+    return {"logabsdet_frozen": new, "logabsdet_carry": carry}

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from p4flows.linalg import compact_wy, multiply_transposed, newton_schulz, residual
+from p4flows.linalg import add_product, compact_wy, multiply_transposed, newton_schulz, residual
+from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
 
 # Two Newton–Schulz steps take an error of this size to 1e-9; beyond it, an SVD is the way.
@@ -75,7 +76,7 @@ class OrthogonalMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of x. Cost O(n²N).
         """
-        w, t = self._reflections()
+        w, t = _reflections(self.u, self.v)
         y = x @ self.frozen.mT
         y = y - (y @ w) @ (w @ t).mT
         return y if bias is None else y + bias.unsqueeze(-2)
@@ -89,12 +90,12 @@ class OrthogonalMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of y. Cost O(n²N).
         """
-        w, t = self._reflections()
+        w, t = _reflections(self.u, self.v)
         return (y - (y @ (w @ t)) @ w.mT) @ self.frozen
 
     def dense(self) -> Tensor:
         """Ã = Q A, shape `(*batch_shape, n, n)`."""
-        w, t = self._reflections()
+        w, t = _reflections(self.u, self.v)
         return self.frozen - (w @ t) @ (w.mT @ self.frozen)
 
     def inverse(self) -> Tensor:
@@ -109,7 +110,6 @@ class OrthogonalMatrix(PerturbedMatrix):
         """Zero, shape `batch_shape`: no product of reflections is ill-conditioned."""
         return torch.zeros_like(self.sign)
 
-    @torch.no_grad()
     def correct(self) -> Tensor:
         """Move A to the nearest orthogonal matrix: two Newton–Schulz steps, or an SVD in float64.
 
@@ -117,16 +117,22 @@ class OrthogonalMatrix(PerturbedMatrix):
             Boolean tensor of shape `batch_shape`: matrices too far off for Newton–Schulz, rebuilt
             by SVD. Cost O(n³).
         """
+        return super().correct()
+
+    def _corrected(self, state: State) -> tuple[State, Tensor]:
+        frozen = state["frozen"]
         # Written so that NaN counts as lost.
-        lost = ~(_deviation(self.frozen) < _NEARLY_ORTHOGONAL)
-        refined = newton_schulz(newton_schulz(self.frozen))
-        rescued = lost & self.frozen.isfinite().flatten(-2).all(-1)
+        lost = ~(_deviation(frozen) < _NEARLY_ORTHOGONAL)
+        refined = newton_schulz(newton_schulz(frozen))
+        rescued = lost & frozen.isfinite().flatten(-2).all(-1)
         if bool(rescued.any()):
-            polar = nearest_orthogonal(torch.nan_to_num(self.frozen))
+            polar = nearest_orthogonal(torch.nan_to_num(frozen))
             refined = torch.where(rescued[..., None, None], polar, refined)
         keep = (~lost | rescued)[..., None, None]
-        self.frozen.copy_(torch.where(keep, refined, self.frozen))
-        return rescued
+        return {"frozen": torch.where(keep, refined, frozen)}, rescued
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.frozen, self.frozen.mT, self.sign, torch.zeros_like(self.sign)
 
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         """A and the sign of its determinant, computed once in float64."""
@@ -139,26 +145,31 @@ class OrthogonalMatrix(PerturbedMatrix):
         frozen = newton_schulz(newton_schulz(wide)).to(matrix.dtype)
         return {"frozen": frozen, "sign": torch.linalg.slogdet(wide).sign.to(matrix.dtype)}
 
-    def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
-        """A ← Q A; in place, without temporaries of the size of A."""
-        w, t = self._reflections()
-        left, right = w @ t, multiply_transposed(self.frozen, w)
-        finite = left.isfinite() & right.isfinite()
-        merged = candidates & finite.flatten(-2).all(-1)
+    def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
+        """A ← Q A, followed by a probe of what it leaves."""
+        frozen = state["frozen"]
+        w, t = _reflections(state["u"], state["v"])
+        left, right = w @ t, multiply_transposed(frozen, w)
+        merged = candidates & (left.isfinite() & right.isfinite()).flatten(-2).all(-1)
+        column = merged[..., None, None]
+        left, right = (torch.where(column, factor, 0.0) for factor in (left, right))
+        new = add_product(frozen, left, right, alpha=-1.0)
+        off, condition = probe(new, new.mT, state["seed"], state["draws"])
+        rounding = self.size * torch.finfo(frozen.dtype).eps * condition
+        # Written so that NaN is off.
+        corrected = merged & ~(off <= PROBE_TOLERANCE * rounding)
+        forced, rescued = torch.zeros_like(merged), torch.zeros_like(merged)
+        if bool(corrected.any()):
+            fresh, rescued[corrected] = self._corrected({"frozen": new[corrected]})
+            new[corrected] = fresh["frozen"]
+        return Merged({"frozen": new}, merged, forced, corrected, rescued, condition)
 
-        def masked(factor: Tensor) -> Tensor:
-            kept = torch.where(merged[..., None, None], factor, 0.0)
-            return kept.reshape(-1, self.size, 2 * self.rank)
 
-        n = self.size
-        self.frozen.view(-1, n, n).baddbmm_(masked(left), masked(right).mT, alpha=-1)
-        return merged, torch.zeros_like(merged)
-
-    def _reflections(self) -> tuple[Tensor, Tensor]:
-        """W of shape `(*batch_shape, n, 2k)` and T with Q = I − W T Wᵀ."""
-        scale = self.v.square().sum(-2, keepdim=True) / 4
-        w = torch.stack([self.v + scale * self.u, self.v], dim=-1).flatten(-2)
-        return w, compact_wy(w)
+def _reflections(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """W of shape `(*batch, n, 2k)` and T with Q = I − W T Wᵀ."""
+    scale = v.square().sum(-2, keepdim=True) / 4
+    w = torch.stack([v + scale * u, v], dim=-1).flatten(-2)
+    return w, compact_wy(w)
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:

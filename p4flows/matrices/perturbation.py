@@ -5,7 +5,7 @@ import abc
 import torch
 from torch import Tensor
 
-from p4flows.matrices.perturbed import Draw
+from p4flows.draws import Draw
 
 
 class Perturbation(abc.ABC):

@@ -4,31 +4,24 @@ import abc
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int
-from p4flows.draws import basis_columns, standard_normal
+from p4flows.draws import Draw, basis_columns, standard_normal
+from p4flows.matrices.error import MatrixError, error_of_state
+from p4flows.matrices.merge import (
+    Merged,
+    MergeOutcome,
+    State,
+    merge_together,
+    read_state,
+    write_state,
+)
 
-# How v is drawn anew, by name: see `PerturbedMatrix.attempt_merge`.
-Draw = Literal["normal", "basis"]
 _DRAWS = {"normal": standard_normal, "basis": basis_columns}
-
-
-class MergeOutcome(NamedTuple):
-    """What a merge did with each matrix: boolean tensors of the matrices' `batch_shape`.
-
-    Attributes:
-        merged: the perturbation went into the frozen matrix.
-        forced: merged although the merge was outside its bounds.
-        reset: the perturbation was not finite and was thrown away without a merge.
-    """
-
-    merged: Tensor
-    forced: Tensor
-    reset: Tensor
 
 
 def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
@@ -64,7 +57,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
 
     A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
-    `correct`, `penalty`, `_state_of` and `_merge`.
+    `penalty`, `_state_of`, `_merged` and `_corrected`.
 
     It is a parametrization in the sense of `torch.nn.utils.parametrize` as well: called, it returns
     Ã, and `right_inverse` takes a matrix over. It brings its own parameters, so that the weight it
@@ -164,25 +157,54 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and log absolute determinant of Ã, each of shape `batch_shape`, in O(n²k)."""
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def correct(self) -> Tensor:
         """Rectify the rounding errors of past merges, in O(n³).
 
         Returns:
             Boolean tensor of shape `batch_shape`: what had to be rebuilt from A.
         """
+        state, rescued = self._corrected(read_state([self]))
+        write_state([self], state)
+        return rescued
 
     @abc.abstractmethod
     def penalty(self) -> Tensor:
         """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
+
+    def error(self) -> MatrixError:
+        """How far the stored inverse and log-determinant are from those of A, in O(n³).
+
+        Returns:
+            A `MatrixError` of float64 tensors of shape `batch_shape`: both residuals, LAPACK's
+            ratio, the errors of log-determinant and sign, and the condition number of A. The
+            perturbation has no part in it. `correct` takes the ratio to one at most.
+
+        Example:
+            >>> from p4flows import InvertibleMatrix
+            >>> bool(InvertibleMatrix(3, batch_shape=(2,)).error().worst().ratio <= 1)
+            True
+        """
+        return error_of_state(*self._stored())
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, A⁻¹, the sign and ln|det A| as they are stored; what is read by default."""
+        return self.dense(), self.inverse(), *self.slogdet()
 
     @abc.abstractmethod
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         """The buffers that store a given A, "frozen" among them; ValueError when A is not in S."""
 
     @abc.abstractmethod
-    def _merge(self, candidates: Tensor, force: bool) -> tuple[Tensor, Tensor]:
-        """Carry the perturbation of the candidates into the frozen state; (merged, forced)."""
+    def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
+        """What a merge makes of a state of this layout; it writes nothing.
+
+        Candidates have a finite perturbation. What is not merged keeps its values.
+        """
+
+    @abc.abstractmethod
+    def _corrected(self, state: State) -> tuple[State, Tensor]:
+        """What a correction makes of a state, and what had to be rebuilt; it writes nothing."""
 
     def multiply_and_logabsdet(
         self, x: Tensor, bias: Tensor | None = None
@@ -214,12 +236,13 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def merge(self, force: bool = False) -> Tensor:
         """Merge the perturbation into the frozen matrix: A ← R_B(A), then B ← B₀.
 
-        The perturbed matrix, its inverse and its determinant do not change beyond rounding. A
-        perturbation that is not finite is reset and not merged.
+        The perturbed matrix, its inverse and its determinant do not change beyond rounding; what
+        the stored inverse lost is noticed by a probe and computed anew. All is computed before
+        anything is written. A perturbation that is not finite is reset and not merged.
 
         Args:
-            force: merge also what is outside its bounds (N_force of the paper's Appendix B). A
-                merge that would leave the frozen state non-finite is refused all the same.
+            force: merge also what is outside its bounds (N_force of the paper's Appendix B). What
+                would be singular to working precision is reset instead.
 
         Returns:
             Boolean tensor of shape `batch_shape`: what was merged.
@@ -240,15 +263,13 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         Returns:
             What was merged, what of it by force, and what was reset.
         """
-        finite = (self.u.isfinite() & self.v.isfinite()).flatten(-2).all(-1)
-        merged, forced = self._merge(finite, force)
-        self._restart(merged | ~finite, draw)
-        return MergeOutcome(merged, forced, ~finite)
+        return merge_together([self], force, draw).outcome
 
     @torch.no_grad()
     def reset(self) -> None:
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
-        self._restart(torch.ones_like(self.draws, dtype=torch.bool), self._first_draw)
+        everywhere = torch.ones_like(self.draws, dtype=torch.bool)
+        write_state([self], self._restarted(read_state([self]), everywhere, self._first_draw))
 
     @torch.no_grad()
     def assign(self, init: str | Tensor) -> None:
@@ -263,9 +284,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
                 then.
         """
         matrix = _initial_matrix(self.size, self.batch_shape, init).to(self.frozen)
-        for name, value in self._state_of(matrix).items():
-            getattr(self, name).copy_(value)
-        self.reset()
+        state = self._state_of(matrix)
+        everywhere = torch.ones_like(self.draws, dtype=torch.bool)
+        state.update(self._restarted(read_state([self]), everywhere, self._first_draw))
+        write_state([self], state)
 
     def forward(self) -> Tensor:
         """Ã, for `torch.nn.utils.parametrize`."""
@@ -276,18 +298,21 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.assign(matrix)
         return ()
 
-    def _restart(self, where: Tensor, draw: Draw) -> None:
-        """Set u to zero and redraw v for the matrices in `where`."""
+    def _restarted(self, state: State, where: Tensor, draw: Draw) -> State:
+        """u = 0 and v drawn anew for the matrices in `where`."""
+        seed, draws, v = state["seed"], state["draws"], state["v"]
         # All directions are in the first basis already: in another one, an optimizer's averages of
         # squares would be those of other directions.
         stays = draw == "basis" and self.rank == self.size
-        counter = torch.zeros_like(self.draws) if stays else self.draws
-        fresh = _DRAWS[draw](self.seed, counter, (self.size, self.rank))
-        fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(self.v.dtype)
+        counter = torch.zeros_like(draws) if stays else draws
+        fresh = _DRAWS[draw](seed, counter, (self.size, self.rank))
+        fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(v.dtype)
         column = where[..., None, None]
-        self.u.masked_fill_(column, 0.0)
-        self.v.copy_(torch.where(column, fresh, self.v))
-        self.draws.add_(where)
+        return {
+            "u": torch.where(column, 0.0, state["u"]),
+            "v": torch.where(column, fresh, v),
+            "draws": draws + where,
+        }
 
     @classmethod
     def stack(cls, matrices: Sequence[Self]) -> Self:

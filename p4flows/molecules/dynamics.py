@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
 from p4flows.molecules.system import Molecule
+from p4flows.molecules.workers import start_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def simulate(
 
     Raises:
         TypeError: when a count is not an int.
-        ValueError: when one is not positive.
+        ValueError: when one is not positive, or a file is torn or does not hold what was written.
         openmm.OpenMMException: when a simulation blows up.
     """
     for name, count in (("replicas", replicas), ("frames", frames), ("workers", workers)):
@@ -115,7 +115,7 @@ def simulate(
     chunks = math.ceil(frames / dynamics.chunk)
     files = [[_chunk_file(folder, r, c) for c in range(chunks)] for r in range(replicas)]
     _describe(molecule, dynamics, folder)
-    missing = {r: chunks - _finished(found) for r, found in enumerate(files)}
+    missing = {r: sum(not file.exists() for file in found) for r, found in enumerate(files)}
     missing = {replica: count for replica, count in missing.items() if count}
     if missing:
         bar = tqdm(
@@ -124,16 +124,8 @@ def simulate(
             unit="frame",
             disable=not progress,
         )
-        context = multiprocessing.get_context("spawn")
-        with (
-            bar,
-            concurrent.futures.ProcessPoolExecutor(
-                min(workers, len(missing)),
-                mp_context=context,
-                initializer=_start_worker,
-                initargs=(molecule, dynamics, folder),
-            ) as pool,
-        ):
+        recipe = (molecule, dynamics, folder)
+        with bar, start_pool(min(workers, len(missing)), _start_worker, recipe) as pool:
             running = {pool.submit(_advance, replica): replica for replica in missing}
             while running:
                 done, _ = concurrent.futures.wait(
@@ -146,18 +138,34 @@ def simulate(
                     missing[replica] -= 1
                     if missing[replica]:
                         running[pool.submit(_advance, replica)] = replica
-    topology = mdtraj.Topology.from_openmm(molecule.topology)
-    trajectories = [mdtraj.load([str(f) for f in found], top=topology) for found in files]
-    return np.stack([t.xyz[:frames].reshape(frames, -1) for t in trajectories])
+    read = [[_read(file, molecule, dynamics.chunk) for file in found] for found in files]
+    return np.stack([np.concatenate(one)[:frames].reshape(frames, -1) for one in read])
 
 
 def _chunk_file(folder: Path, replica: int, chunk: int) -> Path:
     return folder / f"replica-{replica:02}" / f"{chunk:04}.trr"
 
 
-def _finished(files: list[Path]) -> int:
-    """How many chunks there are, from the first one on."""
-    return next((index for index, file in enumerate(files) if not file.exists()), len(files))
+def _read(file: Path, molecule: Molecule, frames: int) -> np.ndarray:
+    """The frames of a chunk, checked against what was written; shape (frames, atoms, 3)."""
+    remedy = "delete it to have it simulated again"
+    try:
+        found = mdtraj.load(str(file), top=mdtraj.Topology.from_openmm(molecule.topology)).xyz
+    # mdtraj's readers raise whatever they stumble over.
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read ({error}): {remedy}") from error
+    if len(found) != frames:
+        raise ValueError(f"{file} must hold {frames} frames, got {len(found)}: {remedy}")
+    with np.load(file.with_suffix(".npz")) as state:
+        # Absent in folders of an earlier version.
+        written = str(state["digest"]) if "digest" in state else _digest(found)
+    if not np.isfinite(found).all() or _digest(found) != written:
+        raise ValueError(f"{file} holds other frames than were written: {remedy}")
+    return found
+
+
+def _digest(frames: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(frames, dtype=np.float32).tobytes()).hexdigest()
 
 
 def _describe(molecule: Molecule, dynamics: LangevinDynamics, folder: Path) -> None:
@@ -212,6 +220,7 @@ class _Simulation:
             self._state_file(replica, chunk),
             positions=state.getPositions(asNumpy=True)._value,
             velocities=state.getVelocities(asNumpy=True)._value,
+            digest=_digest(frames),
         )
         # The chunk counts as there when this file is, so it comes last, and whole.
         aside = file.with_suffix(".part.trr")

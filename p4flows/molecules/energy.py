@@ -2,7 +2,8 @@
 
 import concurrent.futures
 import math
-import multiprocessing
+import warnings
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from openmm import unit
 from torch import Tensor, nn
 
 from p4flows.arguments import check_rows
+from p4flows.molecules.workers import start_pool
 
 
 class OpenMMEnergy(nn.Module):
@@ -25,7 +27,8 @@ class OpenMMEnergy(nn.Module):
         temperature: in K.
         platform: name of the OpenMM platform; for few atoms "Reference" is the fastest.
         workers: processes that share a batch; 0 evaluates in this one. `close()` ends them, and so
-            does leaving a `with` block.
+            does leaving a `with` block or the end of this process. Where one dies, all are started
+            anew and the batch is evaluated again, with a warning.
         cap: (high, highest) in k_BT, or None. Above `high`, u is high + ln(1 + u − high); above
             `highest` it is constant, as it is where u is infinite (Noé et al. 2019): samples of an
             untrained flow have energies of 10²⁰ k_BT.
@@ -107,23 +110,29 @@ class OpenMMEnergy(nn.Module):
 
         Returns:
             u/k_BT of shape `(N,)` and −∂u/∂x/k_BT of shape `(N, 3·atoms)`.
+
+        Raises:
+            concurrent.futures.process.BrokenProcessPool: when worker processes die a second time.
         """
         if self.workers == 0:
             if self._evaluator is None:
                 self._evaluator = _Evaluator(*self._recipe)
             energies, forces = self._evaluator(positions)
         else:
-            if self._pool is None:
-                self._pool = concurrent.futures.ProcessPoolExecutor(
-                    self.workers,
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=_start_worker,
-                    initargs=self._recipe,
-                )
             chunks = np.array_split(positions, self.workers)
-            results = list(self._pool.map(_evaluate_in_worker, chunks))
+            try:
+                results = self._share(chunks)
+            except BrokenProcessPool:
+                warnings.warn("a worker process died: the batch is evaluated again", stacklevel=2)
+                self.close()
+                results = self._share(chunks)
             energies, forces = (np.concatenate(parts) for parts in zip(*results, strict=True))
         return energies / self._kt, forces / self._kt
+
+    def _share(self, chunks: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if self._pool is None:
+            self._pool = start_pool(self.workers, _start_worker, self._recipe)
+        return list(self._pool.map(_evaluate_in_worker, chunks))
 
     def close(self) -> None:
         """End the worker processes; the next evaluation would start new ones."""

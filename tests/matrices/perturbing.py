@@ -1,6 +1,6 @@
-"""Perturbations far from the identity, and how far a matrix is from torch.linalg."""
+"""Perturbations far from the identity."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,27 +21,6 @@ def perturb(matrix: InvertibleMatrix, generator: torch.Generator, scale: float =
 def additive(size: int, **arguments: Any) -> InvertibleMatrix:
     """A matrix with the perturbation of the paper, Ã = A + u vᵀ of rank one."""
     return InvertibleMatrix(size, **{"rank": 1, "perturbation": "additive", **arguments})
-
-
-class Error(NamedTuple):
-    """Of the stored state against torch.linalg in float64, the largest of a batch."""
-
-    inverse: float
-    logabsdet: float
-    sign: bool
-
-
-@torch.no_grad()
-def error_of(matrix: InvertibleMatrix) -> Error:
-    """The largest entry of |A X − I|, |Δ ln|det A||, and whether the sign is wrong."""
-    a, x = matrix.frozen.double(), matrix.inverse_frozen.double()
-    sign, logabsdet = torch.linalg.slogdet(a)
-    identity = torch.eye(matrix.size, dtype=a.dtype)
-    return Error(
-        inverse=(a @ x - identity).abs().max().item(),
-        logabsdet=(logabsdet - matrix.logabsdet_frozen).abs().max().item(),
-        sign=not torch.equal(sign, matrix.sign.double()),
-    )
 
 
 def set_factors(matrix: InvertibleMatrix, u: Tensor | float, v: Tensor | float) -> None:

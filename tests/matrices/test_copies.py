@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from matrices.perturbing import KINDS, additive, error_of, perturb, set_factors
+from matrices.perturbing import KINDS, additive, perturb, set_factors
 from p4flows.matrices import InvertibleMatrix, MergeBounds
 
 
@@ -63,16 +63,26 @@ def test_matrices_draw_different_v():
     assert torch.equal(additive(4).v, matrix.v)
 
 
+@torch.no_grad()
 def test_v_follows_seed_and_counter_that_are_saved():
-    matrix = moved()
-    state = matrix.state_dict()
+    matrix = moved(perturbation="additive")
+    state = copy.deepcopy(matrix.state_dict())
     assert state["draws"] == 3
-    with torch.no_grad():
-        matrix.merge(force=True)
-    first = matrix.v.clone()
-    matrix.load_state_dict({**state, "v": matrix.v, "u": matrix.u})
+    drawn = {}
+    for name, change in {"same": {}, "seed": {"seed": 1}, "counter": {"draws": 1}}.items():
+        changed = {key: value + change.get(key, 0) for key, value in state.items()}
+        torch.manual_seed(len(drawn))  # has no say
+        matrix.load_state_dict(changed)
+        matrix.reset()
+        drawn[name] = matrix.v.clone()
+        matrix.load_state_dict(changed)
+        assert matrix.merge()
+        assert torch.equal(matrix.v, drawn[name])
+    matrix.load_state_dict(state)
     matrix.reset()
-    assert not torch.equal(matrix.v, first)
+    assert torch.equal(matrix.v, drawn["same"])
+    for name in ("seed", "counter"):
+        assert not torch.isclose(drawn[name], drawn["same"]).any()
 
 
 def test_a_newer_layout_is_refused():
@@ -103,9 +113,9 @@ def test_the_state_of_the_other_perturbation_is_refused(kind):
 
 def test_change_of_dtype():
     matrix = moved()
-    assert 1e-9 < error_of(matrix).inverse < 1e-5
+    assert 1e-9 < matrix.error().worst().right < 1e-5
     matrix.double()
-    assert error_of(matrix).inverse < 1e-13
+    assert matrix.error().worst().right < 1e-13
     assert matrix.seed.dtype == matrix.draws.dtype == torch.int64
     assert matrix.merge(force=True)
     assert matrix.v.dtype == torch.float64

@@ -33,7 +33,7 @@ def no_processes(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("nothing was left to simulate")
 
-    monkeypatch.setattr(dynamics_module.concurrent.futures, "ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(dynamics_module, "start_pool", refuse)
 
 
 def test_replicas_differ_and_frames_move(complete):
@@ -75,6 +75,58 @@ def test_a_killed_run_continues_as_if_it_had_not_been(molecule, complete, tmp_pa
         molecule, tmp_path, dynamics=DYNAMICS, replicas=2, frames=6, workers=1, progress=False
     )
     np.testing.assert_array_equal(resumed, positions)
+
+
+def tear(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def shorten(file):
+    # TRR frames of one size: the last one is cut off cleanly.
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 3 * 2])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (tear, r"0001\.trr (cannot be read|must hold 3 frames)"),
+        (shorten, r"0001\.trr must hold 3 frames, got 2: delete it"),
+        (flip_a_bit, r"0001\.trr holds other frames than were written: delete it"),
+    ],
+)
+def test_a_damaged_file_is_named_and_simulated_again_once_deleted(
+    molecule, complete, damage, message, tmp_path
+):
+    directory, positions = complete
+    folder = DYNAMICS.folder(molecule)
+    shutil.copytree(directory / folder, tmp_path / folder)
+    file = tmp_path / folder / "replica-01" / "0001.trr"
+    damage(file)
+    arguments = {"dynamics": DYNAMICS, "replicas": 2, "workers": 1, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        molecules.simulate(molecule, tmp_path, frames=6, **arguments)
+    file.unlink()
+    again = molecules.simulate(molecule, tmp_path, frames=6, **arguments)
+    np.testing.assert_array_equal(again, positions)
+
+
+def test_only_a_deleted_file_is_simulated_again(molecule, complete, tmp_path):
+    directory, positions = complete
+    folder = DYNAMICS.folder(molecule)
+    shutil.copytree(directory / folder, tmp_path / folder)
+    (tmp_path / folder / "replica-00" / "0000.trr").unlink()
+    again = molecules.simulate(
+        molecule, tmp_path, dynamics=DYNAMICS, replicas=2, frames=6, workers=1, progress=False
+    )
+    np.testing.assert_array_equal(again, positions)
+    assert not (tmp_path / folder / "replica-00" / "0002.trr").exists()
 
 
 def test_mdtraj_reads_the_files(molecule, complete):

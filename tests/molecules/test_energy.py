@@ -2,6 +2,12 @@
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +113,59 @@ def test_workers_give_the_same(molecule, frames, energy):
         for found, expected in zip(shared.evaluate(batch), energy.evaluate(batch), strict=True):
             np.testing.assert_array_equal(found, expected)
         assert energy(frames[:0]).shape == shared(frames[:0]).shape == (0,)
+
+
+def test_killed_workers_are_replaced(molecule, frames, energy):
+    batch = frames[:4].numpy()
+    expected = energy.evaluate(batch)
+    with molecules.OpenMMEnergy(molecule.system, 600.0, workers=2) as shared:
+        shared.evaluate(batch)
+        victims = set(shared._pool._processes)
+        # All of them: one that is left alone may finish the batch before anyone notices.
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        with pytest.warns(UserWarning, match="a worker process died"):
+            found = shared.evaluate(batch)
+        assert not victims & set(shared._pool._processes)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+PARENT = """
+import os, signal, numpy
+from p4flows.molecules import OpenMMEnergy, alanine_dipeptide
+if __name__ == "__main__":
+    molecule = alanine_dipeptide()
+    energy = OpenMMEnergy(molecule.system, 600.0, workers=2)
+    energy.evaluate(numpy.stack([molecule.positions.ravel()] * 2))
+    print(*energy._pool._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    # Orphans would hold the pipe open and keep this waiting.
+    run = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10.0
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    # A zombie has ended; whoever inherited it has not looked yet.
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_copies_evaluate_too(frames, energy):

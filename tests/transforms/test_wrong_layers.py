@@ -72,11 +72,10 @@ class InverseIsTranspose(Linear):
 
 class InverseStaleAfterMerge(Linear):
     class Matrix(InvertibleMatrix):
-        def _merge(self, candidates, force):
-            inverse = self.inverse_frozen.clone()
-            outcome = super()._merge(candidates, force)
-            self.inverse_frozen.copy_(inverse)
-            return outcome
+        def _merged(self, state, candidates, force):
+            merged = super()._merged(state, candidates, force)
+            del merged.state["inverse_frozen"]
+            return merged
 
     def __init__(self):
         super().__init__()
@@ -85,8 +84,10 @@ class InverseStaleAfterMerge(Linear):
 
 class LogabsdetStaleAfterMerge(Linear):
     class Matrix(InvertibleMatrix):
-        def _add_to_logabsdet(self, increment):
-            pass
+        def _merged(self, state, candidates, force):
+            merged = super()._merged(state, candidates, force)
+            del merged.state["logabsdet_frozen"]
+            return merged
 
     def __init__(self):
         super().__init__()

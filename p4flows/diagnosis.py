@@ -1,0 +1,110 @@
+"""diagnose: how right the stored inverses and log-determinants of a module are, layer by layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from p4flows.matrices import MatrixError, PerturbedMatrix
+
+# LAPACK's own tests pass below 30.
+_RATIO = 30.0
+# From here on a round trip through the layer keeps less than one digit.
+_CONDITION_TIMES_EPS = 0.1
+
+
+class LayerDiagnosis(NamedTuple):
+    """A row of `diagnose`.
+
+    Attributes:
+        name: where the matrix is in the module.
+        kind: its class.
+        size: n.
+        rank: k.
+        matrices: how many it holds; the error is that of the worst.
+        error: a `MatrixError` of scalars.
+        verdict: "right"; "correct it" where the stored numbers are off by more than rounding, which
+            `correct()` mends; "ill-conditioned" where the dtype cannot carry the matrix.
+    """
+
+    name: str
+    kind: str
+    size: int
+    rank: int
+    matrices: int
+    error: MatrixError
+    verdict: str
+
+
+def diagnose(module: nn.Module, *, show: bool = True) -> list[LayerDiagnosis]:
+    """Measure every perturbed matrix of a module, and print a row for each.
+
+    Args:
+        module: holds the matrices, at any depth.
+        show: whether to print the table.
+
+    Returns:
+        A `LayerDiagnosis` for each perturbed matrix, in the module's order. Cost O(n³) each.
+
+    Raises:
+        TypeError: when it is not an nn.Module.
+
+    Example:
+        >>> from p4flows import P4InvTransform
+        >>> rows = diagnose(nn.Sequential(P4InvTransform(3)))
+        layer     kind              n  count     cond   |AX-I|   |XA-I|    ratio  ln|det|  verdict
+        0.matrix  InvertibleMatrix  3      1  1.0e+00  0.0e+00  0.0e+00  0.0e+00  0.0e+00  right
+        >>> rows[0].error.condition.item()
+        1.0
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    rows = [
+        _examine(name or type(found).__name__, found)
+        for name, found in module.named_modules()
+        if isinstance(found, PerturbedMatrix)
+    ]
+    if show:
+        print(_table(rows))
+    return rows
+
+
+def _examine(name: str, matrix: PerturbedMatrix) -> LayerDiagnosis:
+    error = matrix.error()
+    eps = torch.finfo(matrix.frozen.dtype).eps
+    # Rounding of ln|det A| itself comes on top of that of A.
+    allowed = matrix.size * eps * error.condition + eps * matrix.slogdet()[1].abs()
+    # Written so that NaN is not right.
+    right = (error.ratio <= _RATIO) & (error.logabsdet <= allowed) & ~error.wrong_sign
+    verdict = "right" if bool(right.all()) else "correct it"
+    if not bool((error.condition * eps <= _CONDITION_TIMES_EPS).all()):
+        verdict = "ill-conditioned"
+    return LayerDiagnosis(
+        name=name,
+        kind=type(matrix).__name__,
+        size=matrix.size,
+        rank=matrix.rank,
+        matrices=matrix.draws.numel(),
+        error=error.worst(),
+        verdict=verdict,
+    )
+
+
+def _table(rows: list[LayerDiagnosis]) -> str:
+    head = ["layer", "kind", "n", "count", "cond", "|AX-I|", "|XA-I|", "ratio", "ln|det|"]
+    cells = [[*head, "verdict"]]
+    for row in rows:
+        error = row.error
+        numbers = (error.condition, error.right, error.left, error.ratio, error.logabsdet)
+        shape = (str(count) for count in (row.size, row.matrices))
+        measured = (f"{number.item():.1e}" for number in numbers)
+        cells.append([row.name, row.kind, *shape, *measured, row.verdict])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = {0, 1, len(head)}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )

@@ -1,0 +1,72 @@
+"""How far the state that a perturbed matrix stores is from the frozen matrix itself."""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from p4flows.linalg import residual
+
+
+class MatrixError(NamedTuple):
+    """Errors of a stored inverse X and log-determinant of A, computed in float64.
+
+    Each field is a tensor of the matrices' `batch_shape`; `worst` reduces it to one matrix.
+
+    Attributes:
+        right: largest entry of |A X − I|.
+        left: largest entry of |X A − I|.
+        ratio: LAPACK's test ratio ‖I − A X‖₁ / (n·eps·‖A‖₁·‖X‖₁), the larger one of both sides;
+            below one for an inverse that is right to rounding, at any condition.
+        logabsdet: |ln|det A| − what is stored|, in nats.
+        wrong_sign: whether the stored sign is not that of det A.
+        condition: ‖A‖₁·‖A⁻¹‖₁ with A⁻¹ by LU; infinite for a singular matrix.
+
+    Example:
+        >>> from p4flows import InvertibleMatrix
+        >>> error = InvertibleMatrix(3, init=2 * torch.eye(3)).error()
+        >>> error.condition.item(), error.ratio.item(), error.wrong_sign.item()
+        (1.0, 0.0, False)
+    """
+
+    right: Tensor
+    left: Tensor
+    ratio: Tensor
+    logabsdet: Tensor
+    wrong_sign: Tensor
+    condition: Tensor
+
+    def worst(self) -> Self:
+        """The largest of each field over the batch, NaN where one is; scalars."""
+        return type(self)(*(field.flatten().amax() for field in self))
+
+
+@torch.no_grad()
+def error_of_state(matrix: Tensor, inverse: Tensor, sign: Tensor, logabsdet: Tensor) -> MatrixError:
+    """Compare what is stored beside A with A.
+
+    Args:
+        matrix: A, shape `(*batch, n, n)`.
+        inverse: X, same shape.
+        sign: stored sign of det A, shape `batch`.
+        logabsdet: stored ln|det A|, shape `batch`; float64 where more digits are kept.
+
+    Returns:
+        A `MatrixError` of float64 tensors. Cost O(n³).
+    """
+    a, x = matrix.double(), inverse.double()
+    right, left = residual(a, x), residual(x, a)
+    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    scale = rounding * torch.linalg.matrix_norm(a, 1) * torch.linalg.matrix_norm(x, 1)
+    larger = torch.maximum(torch.linalg.matrix_norm(right, 1), torch.linalg.matrix_norm(left, 1))
+    true_sign, true_logabsdet = torch.linalg.slogdet(a)
+    true_inverse, info = torch.linalg.inv_ex(a)
+    condition = torch.linalg.matrix_norm(a, 1) * torch.linalg.matrix_norm(true_inverse, 1)
+    return MatrixError(
+        right=right.abs().amax((-2, -1)),
+        left=left.abs().amax((-2, -1)),
+        ratio=larger / scale,
+        logabsdet=(true_logabsdet - logabsdet.double()).abs(),
+        wrong_sign=true_sign != sign.double(),
+        condition=torch.where(info == 0, condition, torch.inf),
+    )

@@ -1,0 +1,165 @@
+"""A merge as a function of the matrices' state: computed first, written last, all or nothing.
+
+State is a dict of tensors by the names of parameters and buffers, with a leading dimension where
+several matrices merge together. Nothing is written before all is known, and then everything by one
+call, between whose writes no interrupt, signal handler or exception of Python can come.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from p4flows.draws import Draw, random_signs
+from p4flows.linalg import norm_1
+
+if TYPE_CHECKING:
+    from p4flows.matrices.perturbed import PerturbedMatrix
+
+State = dict[str, Tensor]
+
+# A stored inverse whose probe is beyond this multiple of n·eps·‖A‖₁‖A⁻¹‖₁ is computed anew. A probe
+# may be short of LAPACK's ratio, whose tests pass below 30.
+PROBE_TOLERANCE = 8.0
+
+
+class MergeOutcome(NamedTuple):
+    """What a merge did with each matrix: boolean tensors of the matrices' `batch_shape`.
+
+    Attributes:
+        merged: the perturbation went into the frozen matrix.
+        forced: merged although the merge was outside its bounds.
+        reset: the perturbation was thrown away without a merge, because it was not finite, or was
+            to be forced and its merge would be singular to working precision.
+    """
+
+    merged: Tensor
+    forced: Tensor
+    reset: Tensor
+
+
+class Merged(NamedTuple):
+    """What a kind of matrix makes of a state; masks of the state's batch shape.
+
+    Attributes:
+        state: the new values of what changes.
+        merged: as in `MergeOutcome`.
+        forced: as in `MergeOutcome`.
+        corrected: the probe found the updated inverse off, and it was computed anew.
+        rescued: corrected, and there had been not one right digit left.
+        condition: ‖A‖₁·‖A⁻¹‖₁ afterwards, float64.
+    """
+
+    state: State
+    merged: Tensor
+    forced: Tensor
+    corrected: Tensor
+    rescued: Tensor
+    condition: Tensor
+
+
+class MergeReport(NamedTuple):
+    """What a merge of several matrices did; a leading dimension is that of the matrices.
+
+    Attributes:
+        outcome: a `MergeOutcome`.
+        corrected: matrices whose inverse was computed anew.
+        rescued: corrected ones that had not one right digit left.
+        condition: as in `Merged`.
+        v: the directions before the merge.
+    """
+
+    outcome: MergeOutcome
+    corrected: Tensor
+    rescued: Tensor
+    condition: Tensor
+    v: Tensor
+
+
+@torch.no_grad()
+def merge_together(
+    matrices: Sequence["PerturbedMatrix"], force: bool, draw: Draw, correct: bool = False
+) -> MergeReport:
+    """Merge matrices of one layout by the same calls.
+
+    Args:
+        matrices: at least one; where there are several, their `layout()` is the same.
+        force: merge also what is outside its bounds.
+        draw: how v is drawn anew; see `PerturbedMatrix.attempt_merge`.
+        correct: compute all inverses and log-determinants anew as well.
+
+    Returns:
+        A `MergeReport`, with a leading dimension where there are several matrices.
+    """
+    first = matrices[0]
+    state = read_state(matrices)
+    finite = (state["u"].isfinite() & state["v"].isfinite()).flatten(-2).all(-1)
+    found = first._merged(state, finite, force)
+    reset = ~found.merged if force else ~finite
+    after = dict(found.state)
+    corrected, rescued = found.corrected, found.rescued
+    if correct:
+        fresh, lost = first._corrected({**state, **after})
+        after.update(fresh)
+        corrected, rescued = torch.ones_like(corrected), rescued | lost
+    after.update(first._restarted(state, found.merged | reset, draw))
+    before = state["v"].clone()
+    write_state(matrices, after)
+    outcome = MergeOutcome(found.merged, found.forced, reset)
+    return MergeReport(outcome, corrected, rescued, found.condition, before)
+
+
+def read_state(matrices: Sequence["PerturbedMatrix"]) -> State:
+    """The state of one matrix as it is, or of several stacked.
+
+    Args:
+        matrices: at least one, of the same layout.
+
+    Returns:
+        Parameters and buffers by name, detached.
+    """
+    names = [*matrices[0]._parameters, *matrices[0]._buffers]
+    if len(matrices) == 1:
+        return {name: getattr(matrices[0], name).detach() for name in names}
+    return {
+        name: torch.stack([getattr(matrix, name).detach() for matrix in matrices]) for name in names
+    }
+
+
+@torch.no_grad()
+def write_state(matrices: Sequence["PerturbedMatrix"], state: State) -> None:
+    """Write into one matrix, or the rows of a stacked state into several, by one call.
+
+    Args:
+        matrices: as for `read_state`.
+        state: new values by name.
+    """
+    targets: list[Tensor] = []
+    values: list[Tensor] = []
+    for name, value in state.items():
+        targets += [getattr(matrix, name) for matrix in matrices]
+        values += [value] if len(matrices) == 1 else value.unbind()
+    torch._foreach_copy_(targets, values)
+
+
+def probe(a: Tensor, x: Tensor, seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """How far X is from A⁻¹, estimated from one random vector of signs in O(n²).
+
+    With such a vector s the expectation of ‖(I − A X)s‖₁ is at least ‖I − A X‖₁.
+
+    Args:
+        a: A, shape `(*batch, n, n)`.
+        x: X, same shape.
+        seed: with the counter, decides which vector; shape `batch`.
+        counter: shape `batch`.
+
+    Returns:
+        The larger one of ‖s − A(X s)‖₁ and ‖s − X(A s)‖₁, and ‖A‖₁·‖X‖₁; float64, shape `batch`,
+        not finite where A or X are not.
+    """
+    signs = random_signs(seed, counter, a.shape[-1]).to(a.dtype).unsqueeze(-1)
+    sides = [signs - a @ (x @ signs), signs - x @ (a @ signs)]
+    right, left = (torch.linalg.vector_norm(side, 1, dim=(-2, -1)) for side in sides)
+    # maximum, not max: NaN stays NaN.
+    return torch.maximum(right, left).double(), norm_1(a) * norm_1(x)
