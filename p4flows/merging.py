@@ -254,13 +254,14 @@ class MergeHook:
         report: MergeReport,
         numbers: dict[str, Tensor],
     ) -> None:
-        redrawn = ((numbers["merged"] + numbers["reset"]) > 0).any(-1).tolist()
-        several = len(matrices) > 1
-        for index, matrix in enumerate(matrices):
-            if redrawn[index]:
-                own = (row[index] if several else row for row in (report.v, *report.outcome))
-                before, *masks = own
-                self._restart_state(optimizer, matrix, before, MergeOutcome(*masks))
+        reset = (numbers["reset"] > 0).any(-1)
+        changed = (reset | (numbers["merged"] > 0).any(-1)).tolist()
+        rows = [report.v, *report.outcome]
+        each = zip(*(row.unbind() for row in rows), strict=True) if len(matrices) > 1 else [rows]
+        for index, (matrix, (before, *masks)) in enumerate(zip(matrices, each, strict=True)):
+            if changed[index]:
+                outcome = MergeOutcome(*masks)
+                self._restart_state(optimizer, matrix, before, outcome, bool(reset[index]))
 
     def _watch_condition(self, group: dict[str, PerturbedMatrix], condition: Tensor) -> None:
         """Tell the user once when the dtype cannot carry a matrix any more."""
@@ -293,21 +294,25 @@ class MergeHook:
         self.stats.skipped += attempted - counts["merged"] - counts["reset"]
 
     def _restart_state(
-        self, optimizer: Optimizer, matrix: PerturbedMatrix, before: Tensor, outcome: MergeOutcome
+        self,
+        optimizer: Optimizer,
+        matrix: PerturbedMatrix,
+        before: Tensor,
+        outcome: MergeOutcome,
+        any_reset: bool,
     ) -> None:
-        redrawn = outcome.merged | outcome.reset
         if isinstance(optimizer, torch.optim.LBFGS):
-            if bool(redrawn.any()):
-                restart_lbfgs(optimizer)
+            restart_lbfgs(optimizer)
             return
         if self.restart == "carry":
             carry_momentum(optimizer, matrix.u, before, matrix.v, outcome.merged)
             restart_momentum(optimizer, matrix.v, outcome.merged)
-        # The state of what was not finite is not finite either: it restarts in any case.
-        restart_parameter(optimizer, matrix.u, outcome.reset)
-        restart_parameter(
-            optimizer, matrix.v, outcome.reset if self.restart == "carry" else redrawn
-        )
+        else:
+            restart_parameter(optimizer, matrix.v, outcome.merged | outcome.reset)
+        if any_reset:
+            # The state of what was not finite is not finite either: it restarts in any case.
+            for factor in (matrix.u, matrix.v):
+                restart_parameter(optimizer, factor, outcome.reset)
 
 
 def _for_host(report: MergeReport, matrices: int) -> dict[str, Tensor]:

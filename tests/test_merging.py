@@ -77,14 +77,27 @@ def test_a_merge_inside_its_bounds_is_not_counted_as_forced():
 def test_correct_every_counts_merges():
     layer = P4InvTransform(3)
     optimizer, hook = hooked(layer, every=2, correct_every=3, lr=0.01)
-    rescued = []
+    corrected, off = [], []
     for step in range(1, 13):
-        layer.matrix.inverse_frozen.mul_(3.0)  # not one right digit
+        layer.matrix.logabsdet_frozen.add_(0.1)  # which no probe of the inverse can see
         train(layer, optimizer, 1, seed=step)
-        rescued.append(hook.stats.rescued)
-    assert rescued == [step // 6 for step in range(1, 13)]
-    assert hook.stats.corrected == 2
-    assert layer.matrix.error().ratio <= 1
+        corrected.append(hook.stats.corrected)
+        off.append(layer.matrix.error().logabsdet > 0.05)
+    assert corrected == [step // 6 for step in range(1, 13)]
+    assert off == [step % 6 != 0 for step in range(1, 13)]
+    assert hook.stats.rescued == 0
+
+
+def test_an_inverse_that_is_off_is_corrected_at_the_next_merge():
+    layer = P4InvTransform(3)
+    optimizer, hook = hooked(layer, every=2, correct_every=None, lr=0.01)
+    rescued = []
+    for factor in (1.0, 1.01, 1.0, 3.0, 1.0, torch.nan):
+        layer.matrix.inverse_frozen.mul_(factor)
+        train(layer, optimizer, 2)
+        assert layer.matrix.error().ratio <= 30
+        rescued.append((hook.stats.corrected, hook.stats.rescued))
+    assert rescued == [(0, 0), (1, 0), (1, 0), (2, 1), (2, 1), (3, 2)]
 
 
 def test_none_is_never():
