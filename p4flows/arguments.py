@@ -69,3 +69,32 @@ def check_rows(inputs: torch.Tensor, features: int) -> None:
     check_floating(inputs)
     if inputs.dim() != 2 or inputs.shape[1] != features:
         raise ValueError(f"inputs must have shape (N, {features}), got {tuple(inputs.shape)}")
+
+
+def check_like(
+    name: str, value: torch.Tensor, dtypes: tuple[torch.dtype, ...] | None, device: torch.device
+) -> None:
+    """Refuse a tensor of another dtype or on another device than that of a layer.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what came.
+        dtypes: that of the layer first, and others that will do; None for any.
+        device: that of the layer.
+
+    Raises:
+        TypeError: when the dtype is another one.
+        ValueError: when the device is another one.
+
+    Example:
+        >>> check_like("inputs", torch.ones(2), (torch.float64,), torch.device("cpu"))
+        Traceback (most recent call last):
+        ...
+        TypeError: inputs must be torch.float64 as the layer is, got torch.float32: use .to()
+    """
+    if dtypes is not None and value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {dtypes[0]} as the layer is, got {value.dtype}: use .to()")
+    if value.device != device:
+        raise ValueError(
+            f"{name} must be on {device} as the layer is, got {value.device}: use .to()"
+        )

@@ -6,11 +6,7 @@ import torch
 from torch import nn
 
 from p4flows.matrices import MatrixError, PerturbedMatrix
-
-# LAPACK's own tests pass below 30.
-_RATIO = 30.0
-# From here on a round trip through the layer keeps less than one digit.
-_CONDITION_TIMES_EPS = 0.1
+from p4flows.matrices.error import CONDITION_EPS
 
 
 class LayerDiagnosis(NamedTuple):
@@ -71,13 +67,9 @@ def diagnose(module: nn.Module, *, show: bool = True) -> list[LayerDiagnosis]:
 
 def _examine(name: str, matrix: PerturbedMatrix) -> LayerDiagnosis:
     error = matrix.error()
-    eps = torch.finfo(matrix.frozen.dtype).eps
-    # Rounding of ln|det A| itself comes on top of that of A.
-    allowed = matrix.size * eps * error.condition + eps * matrix.slogdet()[1].abs()
-    # Written so that NaN is not right.
-    right = (error.ratio <= _RATIO) & (error.logabsdet <= allowed) & ~error.wrong_sign
-    verdict = "right" if bool(right.all()) else "correct it"
-    if not bool((error.condition * eps <= _CONDITION_TIMES_EPS).all()):
+    dtype = matrix.frozen.dtype
+    verdict = "right" if bool(error.is_right(matrix.size, dtype).all()) else "correct it"
+    if not bool((error.condition * torch.finfo(dtype).eps < CONDITION_EPS).all()):
         verdict = "ill-conditioned"
     return LayerDiagnosis(
         name=name,

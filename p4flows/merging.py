@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from p4flows.arguments import check_positive_int
 from p4flows.draws import Draw
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
+from p4flows.matrices.error import CONDITION_EPS
 from p4flows.matrices.merge import MergeReport, merge_together
 from p4flows.optimizer_state import (
     carry_momentum,
@@ -27,9 +28,6 @@ from p4flows.optimizer_state import (
 _STACK_UP_TO = 128
 
 COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
-
-# From here on a round trip through a matrix keeps less than one digit.
-CONDITION_EPS = 0.1
 
 # Which hook drives a matrix: a second one would merge twice as often, which nothing else shows.
 _drivers: "weakref.WeakKeyDictionary[PerturbedMatrix, weakref.ref[MergeHook]]" = (

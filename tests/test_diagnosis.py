@@ -11,8 +11,8 @@ from p4flows import BentStack, P4InvTransform, P4OrthogonalTransform, diagnose
 
 def flow():
     torch.manual_seed(0)
-    layers = nn.Sequential(P4InvTransform(3), nn.Linear(3, 3), BentStack(3, 2, rank=2))
-    layers.append(P4OrthogonalTransform(3, init="reverse").double())
+    layers = nn.Sequential(P4InvTransform(3, rank=1), nn.Linear(3, 3), BentStack(3, 2, rank=2))
+    layers.append(P4OrthogonalTransform(3, init="reverse", rank=1).double())
     with torch.no_grad():
         for name, parameter in layers.named_parameters():
             if name.endswith(".u"):

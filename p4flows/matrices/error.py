@@ -7,6 +7,12 @@ from torch import Tensor
 
 from p4flows.linalg import residual
 
+# LAPACK's own tests of inverses pass below it.
+RATIO = 30.0
+
+# From a condition number of so much over eps on, a round trip keeps less than one digit.
+CONDITION_EPS = 0.1
+
 
 class MatrixError(NamedTuple):
     """Errors of a stored inverse X and log-determinant of A, computed in float64.
@@ -35,6 +41,20 @@ class MatrixError(NamedTuple):
     logabsdet: Tensor
     wrong_sign: Tensor
     condition: Tensor
+
+    def is_right(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Where what is stored is off by no more than rounding in a dtype explains.
+
+        Args:
+            size: n.
+            dtype: in which it is stored.
+
+        Returns:
+            Boolean tensor: ratio ≤ 30, where LAPACK's own tests pass; |Δ ln|det A|| ≤ n·eps·cond,
+            or rounding of 1 where that is more; and the right sign. False where a field is NaN.
+        """
+        allowed = size * torch.finfo(dtype).eps * self.condition.clamp(min=1.0)
+        return (self.ratio <= RATIO) & (self.logabsdet <= allowed) & ~self.wrong_sign
 
     def worst(self) -> Self:
         """The largest of each field over the batch, NaN where one is; scalars."""

@@ -20,6 +20,7 @@ from p4flows.matrices.bounds import MergeBounds
 from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
 from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix
+from p4flows.matrices.precision import on_rows, without_autocast
 from p4flows.matrices.relative import Relative
 
 # A stored inverse further from the right one, relative to it, was of no use.
@@ -145,6 +146,7 @@ class InvertibleMatrix(PerturbedMatrix):
             )
         return {"frozen": matrix, **state}
 
+    @on_rows
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Ã x + bias for rows x (Appendix B): no n × n matrix is formed or differentiated.
 
@@ -155,8 +157,9 @@ class InvertibleMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of x. Cost O(n²N).
         """
-        return self._kind.multiply(x, bias, self.u, self.v, self.frozen)
+        return self._kind.multiply(x, bias, *self.factors(), self.frozen)
 
+    @on_rows
     def solve(self, y: Tensor) -> Tensor:
         """Ã⁻¹ y for rows y, by the Sherman–Morrison–Woodbury identity (equation 3).
 
@@ -166,56 +169,69 @@ class InvertibleMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of y. Cost O(n²N).
         """
-        return self._kind.solve(y, self.u, self.v, self.inverse_frozen)
+        return self._kind.solve(y, *self.factors(), self.inverse_frozen)
 
+    @on_rows
     def multiply_and_logabsdet(
         self, x: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
-        if needs_plain_operations(x):
+        if self._is_plain(x):
             return super().multiply_and_logabsdet(x, bias)
         return self._kind.multiply_and_logabsdet(
-            x, bias, self.u, self.v, self.frozen, *self._inverse_and_logabsdet()
+            x, bias, *self.factors(), self.frozen, *self._inverse_and_logabsdet()
         )
 
+    @on_rows
     def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
-        if needs_plain_operations(y):
+        if self._is_plain(y):
             return super().solve_and_logabsdet(y, bias)
         return self._kind.solve_and_logabsdet(
-            y, bias, self.u, self.v, *self._inverse_and_logabsdet()
+            y, bias, *self.factors(), *self._inverse_and_logabsdet()
         )
+
+    def _is_plain(self, rows: Tensor) -> bool:
+        """Whether the hand-written gradients, of rows of a single matrix, do not apply."""
+        return rows.dim() != 2 or self.frozen.dim() != 2 or needs_plain_operations(rows)
 
     def _inverse_and_logabsdet(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.inverse_frozen, self.logabsdet_frozen, self.logabsdet_carry
 
+    @without_autocast
     def capacitance(self) -> Tensor:
         """G with det Ã = det G · det A (equation 4), shape `(*batch_shape, k, k)`, in O(n²k)."""
-        return self._kind.capacitance(self.inverse_frozen, self.u, self.v)
+        return self._kind.capacitance(self.inverse_frozen, *self.factors())
 
+    @without_autocast
     def right_factor(self) -> Tensor:
         """V with Ã = A + u Vᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
-        return self._kind.right_factor(self.frozen, self.v)
+        return self._kind.right_factor(self.frozen, self.factors()[1])
 
+    @without_autocast
     def inverse_factors(self) -> tuple[Tensor, Tensor]:
         """W and Z with Ã⁻¹ = A⁻¹ − W Zᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
-        w, z = self._kind.inverse_factors(self.inverse_frozen, self.u, self.v)
+        w, z = self._kind.inverse_factors(self.inverse_frozen, *self.factors())
         return w @ inverse_small(self.capacitance()), z
 
+    @without_autocast
     def dense(self) -> Tensor:
         """Ã = A + u Vᵀ (equation 5), shape `(*batch_shape, n, n)`."""
-        return self.frozen + self.u @ self.right_factor().mT
+        return self.frozen + self.factors()[0] @ self.right_factor().mT
 
+    @without_autocast
     def inverse(self) -> Tensor:
         """Ã⁻¹ (equation 3), shape `(*batch_shape, n, n)`."""
         w, z = self.inverse_factors()
         return self.inverse_frozen - w @ z.mT
 
+    @without_autocast
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and log absolute determinant of Ã (equation 4), each of shape `batch_shape`."""
         sign, update = slogdet_small(self.capacitance())
         return self.sign * sign, self.logabsdet_frozen + (self.logabsdet_carry + update)
 
+    @without_autocast
     def penalty(self) -> Tensor:
         """g(u, v)/C_p of Appendix A, shape `batch_shape`; multiply by a strength of your own."""
         _, update = slogdet_small(self.capacitance())
@@ -223,7 +239,8 @@ class InvertibleMatrix(PerturbedMatrix):
 
     def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
         """Algorithm 2, followed by a probe of what it leaves."""
-        a, x, u, v = (state[name] for name in ("frozen", "inverse_frozen", "u", "v"))
+        a, x = state["frozen"], state["inverse_frozen"]
+        u, v = state["u"].to(a.dtype), state["v"].to(a.dtype)
         g, right = self._kind.capacitance(x, u, v), self._kind.right_factor(a, v)
         w, z = self._kind.inverse_factors(x, u, v)
         w = w @ inverse_small(g)
@@ -273,9 +290,9 @@ class InvertibleMatrix(PerturbedMatrix):
         """
         return super().correct()
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logabsdet = self.logabsdet_frozen.double() + self.logabsdet_carry.double()
-        return self.frozen, self.inverse_frozen, self.sign, logabsdet
+    def _stored(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logabsdet = state["logabsdet_frozen"].double() + state["logabsdet_carry"].double()
+        return state["frozen"], state["inverse_frozen"], state["sign"], logabsdet
 
     def layout(self) -> tuple[Any, ...]:
         """What two matrices must have in common to be stacked."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from p4flows.draws import Draw, random_signs
 from p4flows.linalg import norm_1
+from p4flows.matrices.precision import is_autocast
 
 if TYPE_CHECKING:
     from p4flows.matrices.perturbed import PerturbedMatrix
@@ -93,6 +94,10 @@ def merge_together(
         A `MergeReport`, with a leading dimension where there are several matrices.
     """
     first = matrices[0]
+    device = first.frozen.device.type
+    if is_autocast(device):
+        with torch.autocast(device, enabled=False):
+            return merge_together(matrices, force, draw, correct)
     state = read_state(matrices)
     finite = (state["u"].isfinite() & state["v"].isfinite()).flatten(-2).all(-1)
     found = first._merged(state, finite, force)

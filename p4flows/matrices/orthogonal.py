@@ -6,6 +6,7 @@ from torch import Tensor
 from p4flows.linalg import add_product, compact_wy, multiply_transposed, newton_schulz, residual
 from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
+from p4flows.matrices.precision import on_rows, without_autocast
 
 # Two Newton–Schulz steps take an error of this size to 1e-9; beyond it, an SVD is the way.
 _NEARLY_ORTHOGONAL = 1e-2
@@ -66,6 +67,7 @@ class OrthogonalMatrix(PerturbedMatrix):
     ) -> None:
         super().__init__(size, batch_shape, rank, init)
 
+    @on_rows
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Ã x + bias for rows x: no n × n matrix is formed or differentiated.
 
@@ -76,11 +78,12 @@ class OrthogonalMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of x. Cost O(n²N).
         """
-        w, t = _reflections(self.u, self.v)
+        w, t = _reflections(*self.factors())
         y = x @ self.frozen.mT
         y = y - (y @ w) @ (w @ t).mT
         return y if bias is None else y + bias.unsqueeze(-2)
 
+    @on_rows
     def solve(self, y: Tensor) -> Tensor:
         """Ã⁻¹ y = Ãᵀ y for rows y.
 
@@ -90,12 +93,13 @@ class OrthogonalMatrix(PerturbedMatrix):
         Returns:
             Tensor of the shape of y. Cost O(n²N).
         """
-        w, t = _reflections(self.u, self.v)
+        w, t = _reflections(*self.factors())
         return (y - (y @ (w @ t)) @ w.mT) @ self.frozen
 
+    @without_autocast
     def dense(self) -> Tensor:
         """Ã = Q A, shape `(*batch_shape, n, n)`."""
-        w, t = _reflections(self.u, self.v)
+        w, t = _reflections(*self.factors())
         return self.frozen - (w @ t) @ (w.mT @ self.frozen)
 
     def inverse(self) -> Tensor:
@@ -131,8 +135,9 @@ class OrthogonalMatrix(PerturbedMatrix):
         keep = (~lost | rescued)[..., None, None]
         return {"frozen": torch.where(keep, refined, frozen)}, rescued
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.frozen, self.frozen.mT, self.sign, torch.zeros_like(self.sign)
+    def _stored(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        frozen, sign = state["frozen"], state["sign"]
+        return frozen, frozen.mT, sign, torch.zeros_like(sign)
 
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
         """A and the sign of its determinant, computed once in float64."""
@@ -148,7 +153,7 @@ class OrthogonalMatrix(PerturbedMatrix):
     def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
         """A ← Q A, followed by a probe of what it leaves."""
         frozen = state["frozen"]
-        w, t = _reflections(state["u"], state["v"])
+        w, t = _reflections(*(state[name].to(frozen.dtype) for name in ("u", "v")))
         left, right = w @ t, multiply_transposed(frozen, w)
         merged = candidates & (left.isfinite() & right.isfinite()).flatten(-2).all(-1)
         column = merged[..., None, None]

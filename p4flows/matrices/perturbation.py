@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from p4flows.draws import Draw
+from p4flows.matrices.precision import is_autocast
 
 
 class Perturbation(abc.ABC):
@@ -78,11 +79,6 @@ class Perturbation(abc.ABC):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Ã⁻¹ (y − b) and −ln|det Ã| of each row, with hand-written gradients."""
-
-
-def is_autocast(device: str) -> bool:
-    """Whether `torch.autocast` is on; the meta device has none to ask about."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def needs_plain_operations(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 import abc
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from p4flows.matrices.merge import (
     read_state,
     write_state,
 )
+from p4flows.matrices.precision import on_rows, storage_dtype, without_autocast
 
 _DRAWS = {"normal": standard_normal, "basis": basis_columns}
 
@@ -48,6 +50,11 @@ def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor)
     return matrix.expand(shape).clone(memory_format=torch.contiguous_format)
 
 
+def _for_each_row(logabsdet: Tensor, rows: Tensor) -> Tensor:
+    """A log-determinant for each row of `(*batch, N, n)`."""
+    return logabsdet.unsqueeze(-1).expand(rows.shape[:-1]).contiguous()
+
+
 class PerturbedMatrix(nn.Module, abc.ABC):
     """A frozen matrix A in a feasible set S, read through a trainable perturbation R_B.
 
@@ -57,7 +64,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
 
     A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
-    `penalty`, `_state_of`, `_merged` and `_corrected`.
+    `penalty`, `_state_of`, `_stored`, `_merged` and `_corrected`.
 
     It is a parametrization in the sense of `torch.nn.utils.parametrize` as well: called, it returns
     Ã, and `right_inverse` takes a matrix over. It brings its own parameters, so that the weight it
@@ -102,11 +109,12 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             raise TypeError(f"rank must be an int, got {type(rank).__name__}")
         if not 1 <= rank <= size:
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
-        frozen = _initial_matrix(size, batch_shape, init)
+        initial = _initial_matrix(size, batch_shape, init)
+        frozen = initial.to(storage_dtype(initial.dtype))
         for name, value in self._state_of(frozen).items():
             self.register_buffer(name, value)
-        self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
-        self.v = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank))
+        self.u = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
+        self.v = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
         seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
         self.register_buffer("seed", seed.to(frozen.device))
         self.register_buffer("draws", torch.zeros_like(self.seed))
@@ -158,6 +166,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Sign and log absolute determinant of Ã, each of shape `batch_shape`, in O(n²k)."""
 
     @torch.no_grad()
+    @without_autocast
     def correct(self) -> Tensor:
         """Rectify the rounding errors of past merges, in O(n³).
 
@@ -185,11 +194,11 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             >>> bool(InvertibleMatrix(3, batch_shape=(2,)).error().worst().ratio <= 1)
             True
         """
-        return error_of_state(*self._stored())
+        return error_of_state(*self._stored(read_state([self])))
 
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, A⁻¹, the sign and ln|det A| as they are stored; what is read by default."""
-        return self.dense(), self.inverse(), *self.slogdet()
+    @abc.abstractmethod
+    def _stored(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, A⁻¹, the sign and ln|det A| of a state of this layout."""
 
     @abc.abstractmethod
     def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -206,32 +215,39 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def _corrected(self, state: State) -> tuple[State, Tensor]:
         """What a correction makes of a state, and what had to be rebuilt; it writes nothing."""
 
+    @on_rows
     def multiply_and_logabsdet(
         self, x: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What a layer returns in the forward direction; for a single matrix only.
+        """What a layer returns in the forward direction.
 
         Args:
-            x: shape `(N, n)`.
-            bias: b, shape `(n,)`, or None.
+            x: shape `(*batch_shape, N, n)`.
+            bias: b, shape `(*batch_shape, n)`, or None.
 
         Returns:
-            Ã x + b of shape `(N, n)` and ln|det Ã| of shape `(N,)`.
+            Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`.
         """
-        return self.multiply(x, bias), self.slogdet()[1].repeat(len(x))
+        y = self.multiply(x, bias)
+        return y, _for_each_row(self.slogdet()[1], y)
 
+    @on_rows
     def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a layer returns in the inverse direction; for a single matrix only.
+        """What a layer returns in the inverse direction.
 
         Args:
-            y: shape `(N, n)`.
-            bias: b, shape `(n,)`, or None.
+            y: shape `(*batch_shape, N, n)`.
+            bias: b, shape `(*batch_shape, n)`, or None.
 
         Returns:
-            Ã⁻¹ (y − b) of shape `(N, n)` and −ln|det Ã| of shape `(N,)`.
+            Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`.
         """
-        x = self.solve(y if bias is None else y - bias)
-        return x, -self.slogdet()[1].repeat(len(y))
+        x = self.solve(y if bias is None else y - bias.unsqueeze(-2))
+        return x, _for_each_row(-self.slogdet()[1], x)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """u and v in the dtype of A, in which all is computed."""
+        return self.u.to(self.frozen.dtype), self.v.to(self.frozen.dtype)
 
     def merge(self, force: bool = False) -> Tensor:
         """Merge the perturbation into the frozen matrix: A ← R_B(A), then B ← B₀.
@@ -290,8 +306,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         write_state([self], state)
 
     def forward(self) -> Tensor:
-        """Ã, for `torch.nn.utils.parametrize`."""
-        return self.dense()
+        """Ã in the dtype of the module, for `torch.nn.utils.parametrize`."""
+        return self.dense().to(self.u.dtype)
 
     def right_inverse(self, matrix: Tensor) -> tuple[()]:
         """As `assign`, for `torch.nn.utils.parametrize`; the originals it asks for are none."""
@@ -370,9 +386,18 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.double()` and `.cuda()` call."""
-        before = torch.finfo(self.frozen.dtype).eps
+        before = self.frozen.dtype
+        stored = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if torch.finfo(self.frozen.dtype).eps < before and not self.frozen.is_meta:
+        if self.frozen.dtype != storage_dtype(self.frozen.dtype):
+            # What the module's dtype cannot carry: A, A⁻¹ and ln|det A| stay in float32.
+            for name, buffer in stored.items():
+                moved = self._buffers[name]
+                if buffer is not None and moved is not None and buffer.is_floating_point():
+                    dtype = storage_dtype(moved.dtype)
+                    self._buffers[name] = buffer.to(device=moved.device, dtype=dtype)
+        finer = torch.finfo(self.frozen.dtype).eps < torch.finfo(before).eps
+        if finer and not self.frozen.is_meta:
             # What was kept beside A is as exact as the narrower dtype let it be.
             self.correct()
         return self
@@ -391,4 +416,43 @@ class PerturbedMatrix(nn.Module, abc.ABC):
                 f"{prefix.rstrip('.') or type(self).__name__} was saved with state layout version "
                 f"{version}, newer than {self._version}: update p4flows to load it"
             )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        repaired = self._belonging(state_dict, prefix)
+        super()._load_from_state_dict({**state_dict, **repaired}, prefix, local_metadata, *args)
+
+    @torch.no_grad()
+    def _belonging(self, state_dict: dict[str, Any], prefix: str) -> State:
+        """What of a state to be loaded does not belong to its A, computed anew; by full name."""
+        names = [
+            name for name in self._buffers if isinstance(state_dict.get(prefix + name), Tensor)
+        ]
+        found = {name: state_dict[prefix + name] for name in names}
+        if "frozen" not in found or found["frozen"].is_meta or self.frozen.is_meta:
+            return {}
+        if any(found[name].shape != getattr(self, name).shape for name in names):
+            return {}  # torch says so itself
+        state = {
+            name: found.get(name, getattr(self, name)).to(getattr(self, name))
+            for name in self._buffers
+        }
+        layer = prefix.rstrip(".") or type(self).__name__
+        if not bool(state["frozen"].isfinite().all()):
+            raise RuntimeError(f"{layer}: frozen of the state is not finite: nothing was loaded")
+        error = error_of_state(*self._stored(state))
+        if bool(error.is_right(self.size, self.frozen.dtype).all()):
+            return {}
+        fresh, _ = self._corrected(state)
+        if not bool(
+            error_of_state(*self._stored({**state, **fresh}))
+            .is_right(self.size, self.frozen.dtype)
+            .all()
+        ):
+            raise RuntimeError(
+                f"{layer}: frozen of the state is singular to working precision or not in the "
+                "feasible set: nothing was loaded"
+            )
+        warnings.warn(
+            f"{layer}: what the state keeps beside its matrix (inverse, log-determinant) does not "
+            "belong to it and was computed anew",
+            stacklevel=2,
+        )
+        return {prefix + name: value for name, value in fresh.items() if name in found}

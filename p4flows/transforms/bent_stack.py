@@ -8,9 +8,9 @@ import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int, check_rows
+from p4flows.arguments import check_like, check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds
-from p4flows.matrices.perturbation import is_autocast
+from p4flows.matrices.precision import is_autocast
 from p4flows.transforms.bent import BentIdentity
 from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
 from p4flows.transforms.linear import P4InvTransform
@@ -73,7 +73,7 @@ class BentStack(Transform):
             bounds=bounds,
             perturbation=perturbation,
         )
-        self.bias = nn.Parameter(self.matrix.frozen.new_zeros(2 * blocks, features))
+        self.bias = nn.Parameter(self.matrix.u.new_zeros(2 * blocks, features))
 
     @property
     def blocks(self) -> int:
@@ -91,8 +91,9 @@ class BentStack(Transform):
             Outputs of shape `(N, features)` and the log absolute determinant of shape `(N,)`.
 
         Raises:
-            TypeError: when the inputs are not a floating-point tensor.
-            ValueError: when their shape is not `(N, features)`.
+            TypeError: when the inputs are not a floating-point tensor, or of another dtype than the
+                layer (any is taken under `torch.autocast`, and computed in the layer's).
+            ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
         with self._full_precision(inputs) as rows:
@@ -100,18 +101,19 @@ class BentStack(Transform):
             outputs, logabsdet = bent_cascade(
                 rows,
                 matrix.frozen,
-                matrix.u,
+                matrix.factors()[0],
                 matrix.right_factor(),
-                self.bias,
+                self.bias.to(rows.dtype),
                 (BENT, INVERSE_BENT),
             )
-            return outputs, logabsdet + matrix.slogdet()[1].sum()
+            return outputs.to(self.bias.dtype), logabsdet + matrix.slogdet()[1].sum()
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All blocks undone, last first; shapes and errors as for `forward`."""
         check_rows(inputs, self.features)
         with self._full_precision(inputs) as rows:
-            return self._inverse(rows)
+            outputs, logabsdet = self._inverse(rows)
+            return outputs.to(self.bias.dtype), logabsdet
 
     def _inverse(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         matrix = self.matrix
@@ -131,16 +133,22 @@ class BentStack(Transform):
     @contextlib.contextmanager
     def _full_precision(self, inputs: Tensor) -> Iterator[Tensor]:
         """No autocast: hundreds of layers one after the other would round hundreds of times."""
-        device = inputs.device.type
-        if is_autocast(device):
+        frozen, dtype = self.matrix.frozen, self.bias.dtype
+        device = frozen.device.type
+        autocast = is_autocast(device)
+        check_like("inputs", inputs, None if autocast else (dtype,), frozen.device)
+        # In a bfloat16 or float16 module A is float32, and so is all that is computed.
+        rows = inputs.to(frozen.dtype)
+        if autocast:
             with torch.autocast(device, enabled=False):
-                yield inputs.to(self.bias.dtype)
+                yield rows
         else:
-            yield inputs
+            yield rows
 
     def _solve_bias(self) -> Tensor:
         """Ã⁻¹ b of all layers, shape (2·blocks, features)."""
-        return self.matrix.solve(self.bias.unsqueeze(1)).squeeze(1)
+        bias = self.bias.to(self.matrix.frozen.dtype)
+        return self.matrix.solve(bias.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
     def to_composite(self) -> CompositeTransform:

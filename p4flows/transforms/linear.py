@@ -7,8 +7,9 @@ import torch
 from nflows.transforms.linear import Linear, LinearCache
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int, check_rows
+from p4flows.arguments import check_like, check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
+from p4flows.matrices.precision import is_autocast
 
 
 class _Cache(LinearCache):
@@ -49,7 +50,8 @@ class PerturbedLinear(Linear):
         bias: whether to add a trainable b.
         using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
             matrix product for a batch. The cache notices merges, optimizer steps, `.to()` and
-            `load_state_dict`.
+            `load_state_dict`, and everything else that torch counts as a write. It does not see
+            writes through `.data`, which torch hides: call `cache.invalidate()` after them.
     """
 
     matrix: PerturbedMatrix
@@ -58,7 +60,7 @@ class PerturbedLinear(Linear):
     def __init__(self, matrix: PerturbedMatrix, *, bias: bool, using_cache: bool) -> None:
         super().__init__(matrix.size, using_cache)
         self.matrix = matrix
-        self.bias = nn.Parameter(matrix.frozen.new_zeros(matrix.size)) if bias else None
+        self.bias = nn.Parameter(matrix.u.new_zeros(matrix.size)) if bias else None
         self.cache = _Cache()
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -72,11 +74,13 @@ class PerturbedLinear(Linear):
             y of shape `(N, features)` and ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
 
         Raises:
-            TypeError: when the inputs are not a floating-point tensor.
-            ValueError: when their shape is not `(N, features)`.
+            TypeError: when the inputs are not a floating-point tensor, or of another dtype than the
+                layer (any is taken under `torch.autocast`, and computed in the layer's).
+            ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
         if self._cache_applies():
+            self._check_like(inputs)
             outputs, logabsdet = super().forward(inputs)
             return outputs, logabsdet
         return self.forward_no_cache(inputs)
@@ -92,11 +96,13 @@ class PerturbedLinear(Linear):
             x of shape `(N, features)` and −ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
 
         Raises:
-            TypeError: when the inputs are not a floating-point tensor.
-            ValueError: when their shape is not `(N, features)`.
+            TypeError: when the inputs are not a floating-point tensor, or of another dtype than the
+                layer (any is taken under `torch.autocast`, and computed in the layer's).
+            ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
         if self._cache_applies():
+            self._check_like(inputs)
             self._check_inverse_cache()
             outputs = self._without_bias(inputs) @ self.cache.inverse.mT
             return outputs, -self.cache.logabsdet.repeat(len(inputs))
@@ -126,11 +132,17 @@ class PerturbedLinear(Linear):
         """What `matrix` does not show already."""
         return f"bias={self.bias is not None}, using_cache={self.using_cache}"
 
+    def _check_like(self, inputs: Tensor) -> None:
+        check_like("inputs", inputs, (self.matrix.u.dtype,), self.matrix.u.device)
+
     def _without_bias(self, outputs: Tensor) -> Tensor:
         return outputs if self.bias is None else outputs - self.bias
 
     def _cache_applies(self) -> bool:
         if self.training or not self.using_cache or torch.compiler.is_compiling():
+            return False
+        frozen = self.matrix.frozen
+        if frozen.dtype != self.matrix.u.dtype or is_autocast(frozen.device.type):
             return False
         # What was made in inference mode has no version by which a change could be noticed.
         if any(tensor.is_inference() for tensor in self._cached_tensors()):
