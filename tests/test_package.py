@@ -28,6 +28,7 @@ CONTRACT = {
     "invertible",
     "orthogonal",
     "realnvp_flow",
+    "spline_flow",
 }
 
 
