@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
-from nflows.transforms.permutations import Permutation
 from nflows.transforms.lu import LULinear
+from nflows.transforms.permutations import Permutation
 from torch import arange, nn, randperm
 
 from p4flows.arguments import check_columns, check_positive_int
@@ -181,9 +181,7 @@ def spline_flow(
         first = _half(euclidean, circular, at_random=swap != "halves")
         second = [column for column in range(features) if column not in set(first)]
         transforms += [
-            SplineCoupling(
-                features, half, circular=circular, hidden=hidden, bins=bins, bound=bound
-            )
+            SplineCoupling(features, half, circular=circular, hidden=hidden, bins=bins, bound=bound)
             for half in (first, second)
         ]
         if not euclidean:

@@ -262,9 +262,7 @@ def _beside_sibling(topology: app.Topology | mdtraj.Topology, rows: Tensor) -> l
     return [frozenset((bond, torsion)) in bonded for _, bond, _, torsion in rows.tolist()]
 
 
-def _ranges(
-    coordinates: Tensor, cuts: Tensor, beside_sibling: list[bool]
-) -> tuple[Tensor, Tensor]:
+def _ranges(coordinates: Tensor, cuts: Tensor, beside_sibling: list[bool]) -> tuple[Tensor, Tensor]:
     """Lowest and highest length, angle and torsion of each row, two tensors of shape (rows, 3).
 
     A torsion beside a sibling that lies on one side of the plane in all data is kept there.

@@ -47,15 +47,15 @@ def slopes(unbounded: Tensor) -> Tensor:
 
 
 def rational_quadratic(
-    inputs: Tensor, x: Tensor, y: Tensor, slope: Tensor, *, inverse: bool = False
+    inputs: Tensor, x: Tensor, y: Tensor, unbounded: Tensor, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The spline through (x, y) with the given slopes, a bijection of [0, 1].
+    """The spline through (x, y) with given slopes, a bijection of [0, 1].
 
     Args:
         inputs: in [0, 1], shape `(...)`; what is outside is taken as 0 or 1.
         x: knots, ascending from 0 to 1, shape `(..., bins + 1)`.
         y: their images, likewise.
-        slope: derivatives at the knots, positive, likewise.
+        unbounded: derivatives at the knots, before `slopes`, likewise.
         inverse: whether to solve for x instead; exact, by the quadratic formula.
 
     Returns:
@@ -63,9 +63,9 @@ def rational_quadratic(
 
     Example:
         >>> x, y = knots(torch.tensor([0.0, 1.0])), knots(torch.tensor([1.0, 0.0]))
-        >>> slope = torch.tensor([1.0, 2.0, 0.5])
-        >>> outputs, logabsdet = rational_quadratic(torch.tensor(0.3), x, y, slope)
-        >>> back, _ = rational_quadratic(outputs, x, y, slope, inverse=True)
+        >>> unbounded = torch.tensor([0.0, 2.0, -1.0])
+        >>> outputs, logabsdet = rational_quadratic(torch.tensor(0.3), x, y, unbounded)
+        >>> back, _ = rational_quadratic(outputs, x, y, unbounded, inverse=True)
         >>> torch.allclose(back, torch.tensor(0.3)), logabsdet.shape
         (True, torch.Size([]))
     """
@@ -74,10 +74,12 @@ def rational_quadratic(
     index = (inputs.unsqueeze(-1) >= searched[..., 1:-1]).sum(-1, keepdim=True)
     both = torch.cat([index, index + 1], -1)
     # One gather for all: its backward is a scatter into a tensor of all knots.
-    table = torch.stack([x, y, slope], -2)
+    table = torch.stack([x, y, unbounded], -2)
     chosen = table.gather(-1, both.unsqueeze(-2).expand(*both.shape[:-1], 3, 2))
     left, right = chosen.unbind(-1)
-    (x0, y0, slope0), (x1, y1, slope1) = left.unbind(-1), right.unbind(-1)
+    (x0, y0, _), (x1, y1, _) = left.unbind(-1), right.unbind(-1)
+    # Of the two that are used alone: softplus costs more than all the rest for one knot.
+    slope0, slope1 = slopes(chosen[..., 2, :]).unbind(-1)
     width, height = x1 - x0, y1 - y0
     delta = height / width
     bend = slope0 + slope1 - 2.0 * delta
@@ -92,8 +94,10 @@ def rational_quadratic(
         theta = (inputs - x0) / width
     product = theta * (1.0 - theta)
     denominator = delta + bend * product
-    derivative = delta * delta * (
-        slope1 * theta * theta + 2.0 * delta * product + slope0 * (1.0 - theta) ** 2
+    derivative = (
+        delta
+        * delta
+        * (slope1 * theta * theta + 2.0 * delta * product + slope0 * (1.0 - theta) ** 2)
     )
     logabsdet = torch.log(derivative) - 2.0 * torch.log(denominator)
     if inverse:

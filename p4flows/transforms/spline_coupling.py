@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from p4flows.arguments import check_columns, check_positive_int, check_positive_ints, check_rows
 from p4flows.transforms.coupling import dense_net
-from p4flows.transforms.spline import knots, rational_quadratic, slopes
+from p4flows.transforms.spline import knots, rational_quadratic
 
 
 class SplineCoupling(Transform):
@@ -150,7 +150,7 @@ class SplineCoupling(Transform):
         bound = self.bound
         positions = torch.cat([0.5 + straight / (2.0 * bound), 0.5 + angle / (2.0 * math.pi)], -1)
         bent, log_slope = rational_quadratic(
-            positions, knots(widths), knots(heights), slopes(ends), inverse=inverse
+            positions, knots(widths), knots(heights), ends, inverse=inverse
         )
         lines = straight.shape[1]
         inside = straight.abs() < bound
