@@ -9,6 +9,7 @@ from p4flows.molecules.dynamics import LangevinDynamics, simulate
 from p4flows.molecules.energy import OpenMMEnergy
 from p4flows.molecules.losses import energy_loss, mixed_loss
 from p4flows.molecules.mixed import MixedCoordinateTransform
+from p4flows.molecules.peptide import capped_alanines, molecule_from_pdb
 from p4flows.molecules.reweighting import (
     WeightedSamples,
     bootstrap_error,
@@ -36,6 +37,7 @@ __all__ = [
     "ZMatrix",
     "alanine_dipeptide",
     "bootstrap_error",
+    "capped_alanines",
     "clipped",
     "effective_sample_size",
     "energy_distance",
@@ -47,6 +49,7 @@ __all__ = [
     "load_weighted",
     "log_weights_of",
     "mixed_loss",
+    "molecule_from_pdb",
     "phi_psi",
     "ramachandran_divergence",
     "sample_with_weights",
