@@ -19,10 +19,16 @@ from p4flows.molecules.reweighting import (
     free_energy_difference,
     kl_divergences,
     log_weights_of,
+    resampled,
     sample_with_weights,
     weighted_samples,
 )
-from p4flows.molecules.states import StateStatistics, phi_psi, state_statistics
+from p4flows.molecules.states import (
+    StateStatistics,
+    peptide_bonds,
+    phi_psi,
+    state_statistics,
+)
 from p4flows.molecules.system import Molecule, alanine_dipeptide
 from p4flows.molecules.weighted_trajectory import load_weighted, save_weighted
 from p4flows.molecules.z_matrix import ZMatrix, find_z_matrix
@@ -50,8 +56,10 @@ __all__ = [
     "log_weights_of",
     "mixed_loss",
     "molecule_from_pdb",
+    "peptide_bonds",
     "phi_psi",
     "ramachandran_divergence",
+    "resampled",
     "sample_with_weights",
     "save_weighted",
     "simulate",

@@ -156,6 +156,43 @@ def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
     return log_weights.clamp(max=highest_left)
 
 
+def resampled(
+    samples: Tensor,
+    log_weights: Tensor,
+    *,
+    clip: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """As many rows drawn with their weights: samples of the target, to train on.
+
+    Args:
+        samples: shape `(samples, ...)`.
+        log_weights: shape `(samples,)`.
+        clip: share of the largest weights that is `clipped` first.
+        generator: of the draws; torch's global one by default.
+
+    Returns:
+        Tensor of the samples' shape, in which a row comes as often as its weight has it.
+
+    Raises:
+        ValueError: when the lengths differ or all weights are zero.
+
+    Example:
+        >>> log_weights = torch.tensor([0.0, -math.inf])
+        >>> resampled(torch.tensor([1.0, 2.0]), log_weights, clip=0.0).tolist()
+        [1.0, 1.0]
+    """
+    if log_weights.shape != samples.shape[:1]:
+        raise ValueError(
+            f"log_weights must have shape ({len(samples)},), got {tuple(log_weights.shape)}"
+        )
+    if not bool(log_weights.isfinite().any()):
+        raise ValueError("log_weights must have one that is finite, got none")
+    weights = torch.softmax(clipped(log_weights.double(), clip), 0)
+    rows = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
+    return samples[rows]
+
+
 def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
     """Kish's (Σw)²/Σw² as a share of the samples.
 

@@ -138,3 +138,21 @@ def test_weighted_samples_are_read_by_mdtraj(molecule, frames, tmp_path):
     np.testing.assert_allclose(weights, torch.softmax(log_weights.double(), 0))
     with pytest.raises(ValueError, match=r"log_weights must have shape \(10,\), got \(3,\)"):
         molecules.save_weighted(molecule, tmp_path / "c", frames[:10], log_weights[:3])
+
+
+def test_resampled_rows_come_as_often_as_they_weigh():
+    generator = torch.Generator().manual_seed(0)
+    log_weights = torch.tensor([0.0, math.log(3.0), -math.inf]).repeat(10_000) + 1_000.0
+    rows = molecules.resampled(
+        torch.arange(3).repeat(10_000), log_weights, clip=0.0, generator=generator
+    )
+    counts = torch.bincount(rows, minlength=3) / len(rows)
+    torch.testing.assert_close(counts, torch.tensor([0.25, 0.75, 0.0]), rtol=0, atol=0.02)
+    # Clipped, a single huge weight does not take all.
+    log_weights[0] += 50.0
+    clip = molecules.resampled(torch.arange(30_000), log_weights, generator=generator)
+    assert (clip == 0).sum() < 30
+    with pytest.raises(ValueError, match=r"log_weights must have shape \(5,\), got \(3,\)"):
+        molecules.resampled(torch.zeros(5, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match="must have one that is finite, got none"):
+        molecules.resampled(torch.zeros(3), torch.full((3,), -math.inf))
