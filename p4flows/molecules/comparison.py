@@ -39,8 +39,10 @@ def ramachandran_divergence(
             raise ValueError(f"{name} must have shape (samples, 2), got {angles.shape}")
     shares = _checked_weights(weights, len(found))
     edges = [np.linspace(-math.pi, math.pi, bins + 1)] * 2
-    counts, _, _ = np.histogram2d(*_on_circle(expected).T, bins=edges)
-    weighted, _, _ = np.histogram2d(*_on_circle(found).T, bins=edges, weights=shares)
+    phi, psi = _on_circle(expected).T
+    counts, _, _ = np.histogram2d(phi, psi, bins=edges)
+    phi, psi = _on_circle(found).T
+    weighted, _, _ = np.histogram2d(phi, psi, bins=edges, weights=shares)
     p = counts / counts.sum()
     # Half a sample's weight where the weights are those of so many effective samples.
     q = weighted + 0.5 * np.square(shares).sum()

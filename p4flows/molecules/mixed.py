@@ -67,8 +67,9 @@ class MixedCoordinateTransform(Transform):
         TypeError: when the data is not a floating-point tensor, the topology of another class or
             circular not a bool.
         ValueError: when the data has another number of atoms or is not finite, three atoms that a
-            torsion refers to are collinear in a frame, a coordinate never varies (constraints), or
-            the block does not suit the molecule.
+            torsion refers to are collinear in a frame, a coordinate never varies (constraints),
+            the block does not suit the molecule, or with `circular=True` a ring is not all of it
+            in the block.
 
     Cost: forward and inverse O(N·atoms).
 
@@ -112,6 +113,8 @@ class MixedCoordinateTransform(Transform):
         if not bool(data.isfinite().all()):
             raise ValueError("data must be finite, got NaN or infinite coordinates")
 
+        if circular:
+            _refuse_open_rings(topology, self._block, self.z_matrix.rows)
         rows = torch.tensor(self.z_matrix.rows, dtype=torch.int64).reshape(-1, 4)
         self.register_buffer("rows", rows)
         positions = data.detach().cpu().double().reshape(-1, self._atoms, 3)
@@ -255,11 +258,32 @@ def _sparsest(torsions: Tensor) -> tuple[Tensor, Tensor]:
     return centers[density.argmin(-1)], density.amin(-1) / density.amax(-1)
 
 
+def _bonds(topology: app.Topology | mdtraj.Topology) -> set[frozenset[int]]:
+    bonds = topology.bonds if isinstance(topology, mdtraj.Topology) else topology.bonds()
+    return {frozenset((first.index, second.index)) for first, second in bonds}
+
+
+def _refuse_open_rings(
+    topology: app.Topology | mdtraj.Topology,
+    block: Sequence[int],
+    rows: Sequence[tuple[int, int, int, int]],
+) -> None:
+    """An error when a bond closes a ring outside of the block."""
+    lengths = {frozenset(row[:2]) for row in rows}
+    closing = [
+        sorted(bond) for bond in _bonds(topology) if bond not in lengths and not bond <= set(block)
+    ]
+    if closing:
+        raise ValueError(
+            f"the bond of atoms {min(closing)} closes a ring, so that its length is no coordinate "
+            "and no flow keeps it: name all atoms of the ring in block, or pass circular=False"
+        )
+
+
 def _beside_sibling(topology: app.Topology | mdtraj.Topology, rows: Tensor) -> list[bool]:
     """For each row, whether its torsion refers to another neighbour of the atom it is bonded to."""
-    bonds = topology.bonds if isinstance(topology, mdtraj.Topology) else topology.bonds()
-    bonded = {frozenset((first.index, second.index)) for first, second in bonds}
-    return [frozenset((bond, torsion)) in bonded for _, bond, _, torsion in rows.tolist()]
+    bonds = _bonds(topology)
+    return [frozenset((bond, torsion)) in bonds for _, bond, _, torsion in rows.tolist()]
 
 
 def _ranges(coordinates: Tensor, cuts: Tensor, beside_sibling: list[bool]) -> tuple[Tensor, Tensor]:
