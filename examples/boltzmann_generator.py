@@ -66,11 +66,11 @@ class Preset:
     frames: int = 25_000
     blocks: int = 8
     hidden: tuple[int, ...] = (64, 64)
-    steps: int = 1_500
+    steps: int = 900
     batch: int = 256
     learning_rate: float = 1e-3
-    rounds: int = 0
-    round_steps: int = 100
+    rounds: int = 3
+    round_steps: int = 200
     round_samples: int = 30_000
     last_temperature: float = 600.0  # K
     samples: int = 100_000
@@ -85,7 +85,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(rounds=2),
+    "quick": Preset(),
     "long": Preset(
         replicas=10, frames=50_000, hidden=(128, 128), steps=12_000, batch=512, rounds=20
     ),

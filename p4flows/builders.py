@@ -187,7 +187,7 @@ def spline_flow(
         if not euclidean:
             continue
         if swap == "p4":
-            linear = P4InvTransform(len(euclidean), **({} if rank is None else {"rank": rank}))
+            linear = P4InvTransform(len(euclidean), rank=rank)
             transforms.append(ColumnsTransform(features, euclidean, linear))
         elif swap == "lu":
             linear = LULinear(len(euclidean), identity_init=True)
