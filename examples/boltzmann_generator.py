@@ -72,6 +72,7 @@ class Preset:
     rounds: int = 3
     round_steps: int = 200
     round_samples: int = 30_000
+    frames_share: float = 0.5  # of a round's batch, at the simulation's temperature
     last_temperature: float = 600.0  # K
     samples: int = 100_000
 
@@ -87,10 +88,16 @@ class Preset:
 PRESETS = {
     "quick": Preset(),
     "long": Preset(
-        replicas=10, frames=50_000, hidden=(128, 128), steps=12_000, batch=512, rounds=20
+        hidden=(128, 128),
+        steps=1_000,
+        batch=512,
+        rounds=20,
+        round_samples=100_000,
+        frames_share=0.2,
     ),
-    "cold": Preset(rounds=8, last_temperature=300.0),
-    "tetrapeptide": Preset(molecule="tetrapeptide", blocks=10, hidden=(128, 128), rounds=2),
+    # From frames at 600 K to weights at 300 K: no simulation at 300 K is needed.
+    "cold": Preset(rounds=8, round_steps=250, round_samples=100_000, last_temperature=300.0),
+    "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),
 }
 
 
@@ -175,7 +182,7 @@ class Training:
     def round(self, number: int) -> dict[str, float]:
         """Draw from the flow, reweight to the round's temperature, train on that.
 
-        At the temperature of the simulation half of each batch are its frames.
+        At the temperature of the simulation a share of each batch are its frames.
         """
         preset, temperature = self.preset, self.preset.ladder[number - 1]
         torch.manual_seed(1_000 * (self.seed + 1) + number)
@@ -185,7 +192,7 @@ class Training:
         self.flow.train()
         own = resampled(drawn.features, drawn.log_weights, clip=CLIP)
         same = math.isclose(temperature, self.problem.temperature)
-        frames = preset.batch // 2 if same else 0
+        frames = int(preset.frames_share * preset.batch) if same else 0
 
         def batch(generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(own), (preset.batch - frames,), generator=generator)
@@ -238,10 +245,13 @@ def evaluate(
 def run(
     preset_name: str, swap: str, seed: int, output: Path, workers: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Both stages, the numbers behind each, and all files."""
+    """Both stages, the numbers behind them, and all files; the record of a run that is done."""
     begin = time.perf_counter()
     preset = PRESETS[preset_name]
     stem = output / f"{preset_name}-{swap}-{seed}"
+    record_file = stem.with_suffix(".json")
+    if record_file.exists():
+        return json.loads(record_file.read_text())
     problem = Problem(preset, output, workers, progress)
     simulated = time.perf_counter() - begin
     flow = build_flow(problem, preset, swap, seed)
@@ -266,7 +276,6 @@ def run(
         "rounds": rounds,
         **numbers,
     }
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     kept = slice(SAVED_STRUCTURES)
     save_weighted(
         problem.molecule,
@@ -276,6 +285,8 @@ def run(
     )
     figure(problem, drawn, record).savefig(stem.with_suffix(".png"), dpi=150)
     stem.with_suffix(".md").write_text(table([record]))
+    # Last, because a record says that all else is there.
+    record_file.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 

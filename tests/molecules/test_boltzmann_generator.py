@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
 pytest.importorskip("ot", reason="needs POT, of the extra `molecules`")
 import boltzmann_generator as example  # noqa: E402
+import boltzmann_generator_mixing as mixing  # noqa: E402
 import boltzmann_generator_report as report  # noqa: E402
 
 TOY = example.Preset(
@@ -52,9 +53,12 @@ def test_a_run_gives_numbers_and_weighted_samples(output, swap):
     assert stem.with_suffix(".png").exists()
     text = report.table([record])
     assert f"{record['ess']:.1%} ± {record['ess_error']:.1%}" in text
-    # Finished segments are read back, and the samples are those of the same flow.
+    # A record that is there is read; without it, all segments are, and the flow is the same.
+    assert example.run("quick", swap, 0, output, 1, progress=False)["ess"] == record["ess"]
+    stem.with_suffix(".json").unlink()
     again = example.run("quick", swap, 0, output, workers=1, progress=False)
     assert again["ess"] == record["ess"] and again["rounds"] == record["rounds"]
+    assert "P4Inv | 1 | " in mixing.table({"p4": [record]})
 
 
 def test_an_interrupted_run_ends_with_the_same_numbers(output, tmp_path, monkeypatch):
