@@ -47,39 +47,38 @@ def slopes(unbounded: Tensor) -> Tensor:
 
 
 def rational_quadratic(
-    inputs: Tensor, x: Tensor, y: Tensor, unbounded: Tensor, *, inverse: bool = False
+    inputs: Tensor, sizes: Tensor, unbounded: Tensor, *, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The spline through (x, y) with given slopes, a bijection of [0, 1].
+    """A monotone spline, a bijection of [0, 1].
 
     Args:
         inputs: in [0, 1], shape `(...)`; what is outside is taken as 0 or 1.
-        x: knots, ascending from 0 to 1, shape `(..., bins + 1)`.
-        y: their images, likewise.
-        unbounded: derivatives at the knots, before `slopes`, likewise.
+        sizes: widths and heights of the bins before `knots`, shape `(..., 2, bins)`.
+        unbounded: derivatives at the knots before `slopes`, shape `(..., bins + 1)`.
         inverse: whether to solve for x instead; exact, by the quadratic formula.
 
     Returns:
         Outputs in [0, 1] and the log of the derivative, both of shape `(...)`.
 
     Example:
-        >>> x, y = knots(torch.tensor([0.0, 1.0])), knots(torch.tensor([1.0, 0.0]))
+        >>> sizes = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
         >>> unbounded = torch.tensor([0.0, 2.0, -1.0])
-        >>> outputs, logabsdet = rational_quadratic(torch.tensor(0.3), x, y, unbounded)
-        >>> back, _ = rational_quadratic(outputs, x, y, unbounded, inverse=True)
+        >>> outputs, logabsdet = rational_quadratic(torch.tensor(0.3), sizes, unbounded)
+        >>> back, _ = rational_quadratic(outputs, sizes, unbounded, inverse=True)
         >>> torch.allclose(back, torch.tensor(0.3)), logabsdet.shape
         (True, torch.Size([]))
     """
     inputs = inputs.clamp(0.0, 1.0)
-    searched = y if inverse else x
-    index = (inputs.unsqueeze(-1) >= searched[..., 1:-1]).sum(-1, keepdim=True)
+    ends = knots(sizes)
+    searched = ends[..., 1 if inverse else 0, 1:-1]
+    index = (inputs.unsqueeze(-1) >= searched).sum(-1, keepdim=True)
     both = torch.cat([index, index + 1], -1)
     # One gather for all: its backward is a scatter into a tensor of all knots.
-    table = torch.stack([x, y, unbounded], -2)
+    table = torch.cat([ends, unbounded.unsqueeze(-2)], -2)
     chosen = table.gather(-1, both.unsqueeze(-2).expand(*both.shape[:-1], 3, 2))
-    left, right = chosen.unbind(-1)
-    (x0, y0, _), (x1, y1, _) = left.unbind(-1), right.unbind(-1)
-    # Of the two that are used alone: softplus costs more than all the rest for one knot.
-    slope0, slope1 = slopes(chosen[..., 2, :]).unbind(-1)
+    x, y, unbounded = chosen.unbind(-2)
+    # Of the two that are used alone: a softplus of all would cost as much as the rest.
+    (x0, x1), (y0, y1), (slope0, slope1) = (pair.unbind(-1) for pair in (x, y, slopes(unbounded)))
     width, height = x1 - x0, y1 - y0
     delta = height / width
     bend = slope0 + slope1 - 2.0 * delta

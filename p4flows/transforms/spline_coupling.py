@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from p4flows.arguments import check_columns, check_positive_int, check_positive_ints, check_rows
 from p4flows.transforms.coupling import dense_net
-from p4flows.transforms.spline import knots, rational_quadratic
+from p4flows.transforms.spline import rational_quadratic
 
 
 class SplineCoupling(Transform):
@@ -142,16 +142,14 @@ class SplineCoupling(Transform):
         angles = inputs[:, self.seen_turned]
         seen = torch.cat([inputs[:, self.seen_straight], angles.cos(), angles.sin()], -1)
         on_lines, on_circles = self.net(seen).split(self.sizes, -1)
-        widths, heights, ends, turn = self._splines(len(inputs), on_lines, on_circles)
+        sizes, ends, turn = self._splines(len(inputs), on_lines, on_circles)
 
         straight, angle = inputs[:, self.straight], inputs[:, self.turned]
         if not inverse:
             angle = wrapped(angle + turn)
         bound = self.bound
         positions = torch.cat([0.5 + straight / (2.0 * bound), 0.5 + angle / (2.0 * math.pi)], -1)
-        bent, log_slope = rational_quadratic(
-            positions, knots(widths), knots(heights), ends, inverse=inverse
-        )
+        bent, log_slope = rational_quadratic(positions, sizes, ends, inverse=inverse)
         lines = straight.shape[1]
         inside = straight.abs() < bound
         straight = torch.where(inside, (bent[:, :lines] - 0.5) * (2.0 * bound), straight)
@@ -164,18 +162,22 @@ class SplineCoupling(Transform):
 
     def _splines(
         self, rows: int, on_lines: Tensor, on_circles: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Unnormalised widths, heights and slopes of all splines, and the turns of the circles."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Unnormalised sizes and slopes of all splines, and the turns of the circles."""
         bins = self.bins
         lines = on_lines.reshape(rows, len(self.straight), 3 * bins - 1)
         circles = on_circles.reshape(rows, len(self.turned), 3 * bins + 1)
+        line_sizes, inner = lines.split([2 * bins, bins - 1], -1)
+        circle_sizes, ends, turn = circles.split([2 * bins, bins, 1], -1)
         # Beyond the ends of a line the slope is 1; those of a circle are one point.
-        line_ends = nn.functional.pad(lines[..., 2 * bins :], (1, 1))
-        inner = circles[..., 2 * bins : -1]
-        circle_ends = torch.cat([inner, inner[..., :1]], -1)
-        both = torch.cat([lines[..., : 2 * bins], circles[..., : 2 * bins]], 1)
-        widths, heights = both.split(bins, -1)
-        return widths, heights, torch.cat([line_ends, circle_ends], 1), circles[..., -1]
+        line_ends = nn.functional.pad(inner, (1, 1))
+        circle_ends = torch.cat([ends, ends[..., :1]], -1)
+        sizes = torch.cat([line_sizes, circle_sizes], 1)
+        return (
+            sizes.unflatten(-1, (2, bins)),
+            torch.cat([line_ends, circle_ends], 1),
+            turn.squeeze(-1),
+        )
 
 
 def wrapped(angle: Tensor) -> Tensor:
