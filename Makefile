@@ -11,7 +11,7 @@ demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
 
 ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
-	$(BIN)/python examples/alanine_dipeptide.py --preset quick
+	$(BIN)/python examples/boltzmann_generator.py --preset quick
 
 test: lint types  ## lint, type check, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

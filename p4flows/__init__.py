@@ -1,6 +1,6 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
-from p4flows.builders import bent_stacked_flow, realnvp_flow
+from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
 from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
@@ -26,4 +26,5 @@ __all__ = [
     "invertible",
     "orthogonal",
     "realnvp_flow",
+    "spline_flow",
 ]

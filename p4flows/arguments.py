@@ -1,5 +1,7 @@
 """Checks of arguments that many constructors share, with one wording."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -98,3 +100,55 @@ def check_like(
         raise ValueError(
             f"{name} must be on {device} as the layer is, got {value.device}: use .to()"
         )
+
+
+def check_positive_ints(name: str, values: object) -> None:
+    """Refuse what is not a sequence of positive ints.
+
+    Args:
+        name: the argument's name, for the message.
+        values: what came.
+
+    Raises:
+        TypeError: when it is not a sequence, or an element not an int.
+        ValueError: when an element is below one.
+
+    Example:
+        >>> check_positive_ints("hidden", (60, 0))
+        Traceback (most recent call last):
+        ...
+        ValueError: hidden[1] must be a positive int, got 0
+    """
+    if not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of widths, got {type(values).__name__}")
+    for index, value in enumerate(values):
+        check_positive_int(f"{name}[{index}]", value)
+
+
+def check_columns(name: str, columns: object, features: int) -> None:
+    """Refuse what is not a sequence of different column numbers.
+
+    Args:
+        name: the argument's name, for the message.
+        columns: what came.
+        features: the number of columns there are.
+
+    Raises:
+        TypeError: when it is not a sequence of ints.
+        ValueError: when one is out of range or comes twice.
+
+    Example:
+        >>> check_columns("circular", [3], 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: circular must hold columns from 0 to 2, got 3
+    """
+    if not isinstance(columns, Sequence) or isinstance(columns, str):
+        raise TypeError(f"{name} must be a sequence of columns, got {type(columns).__name__}")
+    for column in columns:
+        if not isinstance(column, int) or isinstance(column, bool):
+            raise TypeError(f"{name} must hold ints, got {type(column).__name__}")
+        if not 0 <= column < features:
+            raise ValueError(f"{name} must hold columns from 0 to {features - 1}, got {column}")
+    if len(set(columns)) != len(columns):
+        raise ValueError(f"{name} must hold each column once, got {list(columns)}")

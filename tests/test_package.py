@@ -29,6 +29,7 @@ CONTRACT = {
     "invertible",
     "orthogonal",
     "realnvp_flow",
+    "spline_flow",
 }
 
 

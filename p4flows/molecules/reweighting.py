@@ -1,14 +1,82 @@
-"""Reweighting of Boltzmann generators: weights, effective sample size, free energies."""
+"""Reweighting of Boltzmann generators: weights, effective sample sizes, free energies, errors."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from nflows.flows.base import Flow
 from nflows.transforms.base import Transform
 from torch import Tensor
 
+from p4flows.arguments import check_positive_int
 from p4flows.molecules.losses import Energy
+
+# Rows at once: the spline parameters of 10,000 rows take some hundred MB.
+_ROWS = 5_000
+
+
+class WeightedSamples(NamedTuple):
+    """Structures of a Boltzmann generator with what makes their averages exact.
+
+    Attributes:
+        features: shape `(samples, features)`.
+        positions: in nm, shape `(samples, 3·atoms)`.
+        energies: reduced energies u, shape `(samples,)`.
+        log_weights: −u + ln R_zx − ln p_z up to a constant, shape `(samples,)`; −∞ where the energy
+            is infinite or the features are not covered by the coordinates.
+    """
+
+    features: Tensor
+    positions: Tensor
+    energies: Tensor
+    log_weights: Tensor
 
 
 @torch.no_grad()
+def weighted_samples(
+    flow: Flow, coordinates: Transform, energy: Energy, samples: int
+) -> WeightedSamples:
+    """Draw from a Boltzmann generator, in batches that fit into memory.
+
+    Args:
+        flow: an nflows `Flow` of the coordinates' features.
+        coordinates: positions → features, as `MixedCoordinateTransform`; where it has `covers`,
+            features that it does not cover get a weight of zero.
+        energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
+        samples: number of structures.
+
+    Returns:
+        `WeightedSamples`.
+
+    Raises:
+        TypeError: when samples is not an int.
+        ValueError: when it is not positive.
+
+    Example:
+        >>> from p4flows import P4InvTransform, realnvp_flow
+        >>> found = weighted_samples(
+        ...     realnvp_flow(4, 1), P4InvTransform(4), lambda x: x.square().sum(-1), 10
+        ... )
+        >>> found.features.shape, found.log_weights.shape
+        (torch.Size([10, 4]), torch.Size([10]))
+    """
+    check_positive_int("samples", samples)
+    covers = getattr(coordinates, "covers", None)
+    parts = []
+    for first in range(0, samples, _ROWS):
+        features, log_density = flow.sample_and_log_prob(min(_ROWS, samples - first))
+        positions, volume = coordinates.inverse(features)
+        energies = energy(positions)
+        log_weights = volume - energies - log_density
+        possible = ~log_weights.isnan()
+        if covers is not None:
+            possible &= covers(features)
+        log_weights = torch.where(possible, log_weights, -math.inf)
+        parts.append(WeightedSamples(features, positions, energies, log_weights))
+    return WeightedSamples(*map(torch.cat, zip(*parts, strict=True)))
+
+
 def sample_with_weights(
     flow: Flow, coordinates: Transform, energy: Energy, samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,8 +89,7 @@ def sample_with_weights(
         samples: number of structures.
 
     Returns:
-        Positions of shape `(samples, 3·atoms)`, reduced energies u and log-weights
-        −u + ln R_zx − ln p_z up to a constant, both of shape `(samples,)`.
+        Positions, energies and log-weights of `weighted_samples`.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -32,28 +99,162 @@ def sample_with_weights(
         >>> positions.shape, log_weights.shape
         (torch.Size([10, 4]), torch.Size([10]))
     """
-    features, log_density = flow.sample_and_log_prob(samples)
-    positions, volume = coordinates.inverse(features)
-    energies = energy(positions)
-    return positions, energies, volume - energies - log_density
+    found = weighted_samples(flow, coordinates, energy, samples)
+    return found.positions, found.energies, found.log_weights
 
 
-def effective_sample_size(log_weights: Tensor) -> float:
+@torch.no_grad()
+def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions: Tensor) -> Tensor:
+    """Log-weights of given structures, the frames of a simulation for instance.
+
+    Args:
+        flow: an nflows `Flow` of the coordinates' features.
+        coordinates: positions → features.
+        energy: positions → reduced energies.
+        positions: in nm, shape `(frames, 3·atoms)`.
+
+    Returns:
+        −u + ln R_zx − ln p_z, with the constant of `weighted_samples`, shape `(frames,)`.
+
+    Example:
+        >>> from p4flows import P4InvTransform, realnvp_flow
+        >>> x = torch.randn(5, 4)
+        >>> flow, energy = realnvp_flow(4, 1), lambda x: x.square().sum(-1)
+        >>> log_weights_of(flow, P4InvTransform(4), energy, x).shape
+        torch.Size([5])
+    """
+    parts = []
+    for rows in positions.split(_ROWS):
+        features, shrinking = coordinates(rows)
+        parts.append(-energy(rows) - shrinking - flow.log_prob(features))
+    return torch.cat(parts)
+
+
+def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
+    """The largest weights set to the largest of the others (Midgley et al. 2023).
+
+    Args:
+        log_weights: shape `(samples,)`.
+        share: how many are clipped; at least one, when it is not zero.
+
+    Returns:
+        Log-weights of the same shape. Averages are biased by what is cut off.
+
+    Raises:
+        ValueError: when the share is not in [0, 1).
+
+    Example:
+        >>> clipped(torch.tensor([0.0, 3.0, 1.0]), 0.1).tolist()
+        [0.0, 1.0, 1.0]
+    """
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"share must be in [0, 1), got {share}")
+    count = max(1, int(share * len(log_weights))) if share else 0
+    if count == 0 or count >= len(log_weights):
+        return log_weights
+    highest_left = log_weights.topk(count + 1).values[-1]
+    return log_weights.clamp(max=highest_left)
+
+
+def resampled(
+    samples: Tensor,
+    log_weights: Tensor,
+    *,
+    clip: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """As many rows drawn with their weights: samples of the target, to train on.
+
+    Args:
+        samples: shape `(samples, ...)`.
+        log_weights: shape `(samples,)`.
+        clip: share of the largest weights that is `clipped` first.
+        generator: of the draws; torch's global one by default.
+
+    Returns:
+        Tensor of the samples' shape, in which a row comes as often as its weight has it.
+
+    Raises:
+        ValueError: when the lengths differ or all weights are zero.
+
+    Example:
+        >>> log_weights = torch.tensor([0.0, -math.inf])
+        >>> resampled(torch.tensor([1.0, 2.0]), log_weights, clip=0.0).tolist()
+        [1.0, 1.0]
+    """
+    if log_weights.shape != samples.shape[:1]:
+        raise ValueError(
+            f"log_weights must have shape ({len(samples)},), got {tuple(log_weights.shape)}"
+        )
+    if not bool(log_weights.isfinite().any()):
+        raise ValueError("log_weights must have one that is finite, got none")
+    weights = torch.softmax(clipped(log_weights.double(), clip), 0)
+    rows = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
+    return samples[rows]
+
+
+def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
     """Kish's (Σw)²/Σw² as a share of the samples.
 
     Args:
-        log_weights: shape `(samples,)`; −∞ is a weight of zero.
+        log_weights: of samples of the generator, shape `(samples,)`; −∞ is a weight of zero.
+        clip: share of the largest weights that is `clipped`; 1e-4 in the literature since Midgley
+            et al. (2023).
 
     Returns:
-        From 1/samples to 1.
+        From 1/samples to 1. It is an upper estimate where the samples miss a part of the target.
 
     Example:
         >>> round(effective_sample_size(torch.zeros(10)), 6)
         1.0
     """
-    wide = log_weights.double()
+    wide = clipped(log_weights.double(), clip)
     log_size = 2.0 * torch.logsumexp(wide, 0) - torch.logsumexp(2.0 * wide, 0)
     return (log_size.exp() / len(wide)).item()
+
+
+def forward_effective_sample_size(log_weights: Tensor) -> float:
+    """The effective sample size as frames of the target see it, 1/(E_p[w]·E_p[1/w]).
+
+    The same number as `effective_sample_size` for a generator that covers the target; where it
+    misses a part, w is large there and this one falls.
+
+    Args:
+        log_weights: of independent structures of the target (`log_weights_of`), shape `(frames,)`.
+
+    Returns:
+        From 0 to 1.
+
+    Example:
+        >>> round(forward_effective_sample_size(torch.zeros(10)), 6)
+        1.0
+    """
+    wide = log_weights.double()
+    log_size = 2.0 * math.log(len(wide)) - torch.logsumexp(wide, 0) - torch.logsumexp(-wide, 0)
+    return log_size.exp().item()
+
+
+def kl_divergences(log_weights: Tensor, frame_log_weights: Tensor) -> tuple[float, float]:
+    """Reverse and forward KL divergence in nats: by how much the energy-based bounds miss ln Z.
+
+    E_q[ln w] ≤ ln Z ≤ E_p[ln w] with Z = E_q[w]; the gaps are KL(q‖p) and KL(p‖q). The second is
+    the negative log-likelihood less the entropy of the target.
+
+    Args:
+        log_weights: of samples of the generator; those of weight zero are left out of E_q[ln w].
+        frame_log_weights: of frames of the target.
+
+    Returns:
+        KL(q‖p) and KL(p‖q).
+
+    Example:
+        >>> kl_divergences(torch.zeros(5), torch.zeros(4))
+        (0.0, 0.0)
+    """
+    wide = log_weights.double()
+    log_z = torch.logsumexp(wide, 0) - math.log(len(wide))
+    reverse = log_z - wide[wide.isfinite()].mean()
+    return reverse.item(), (frame_log_weights.double().mean() - log_z).item()
 
 
 def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -> float:
@@ -74,3 +275,43 @@ def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -
     """
     wide = log_weights.double()
     return (torch.logsumexp(wide[first], 0) - torch.logsumexp(wide[second], 0)).item()
+
+
+def bootstrap_error(
+    statistic: Callable[..., float],
+    *samples: Tensor,
+    resamples: int = 100,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Standard error of a statistic of independent samples, by drawing them again.
+
+    Args:
+        statistic: function of tensors like `samples` that returns a number.
+        samples: tensors whose first dimensions are alike; rows are drawn together.
+        resamples: how often.
+        generator: of the draws; torch's global one by default.
+
+    Returns:
+        Standard deviation of the statistic over the resamples.
+
+    Raises:
+        TypeError: when resamples is not an int.
+        ValueError: when it is below two, there is nothing to draw, or lengths differ.
+
+    Example:
+        >>> error = bootstrap_error(lambda x: x.mean().item(), torch.randn(1000))
+        >>> 0.02 < error < 0.05
+        True
+    """
+    check_positive_int("resamples", resamples)
+    if resamples < 2:
+        raise ValueError("resamples must be at least 2, got 1")
+    lengths = {len(tensor) for tensor in samples}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"samples must have one positive length, got {sorted(lengths)}")
+    (length,) = lengths
+    found = []
+    for _ in range(resamples):
+        rows = torch.randint(length, (length,), generator=generator)
+        found.append(statistic(*(tensor[rows] for tensor in samples)))
+    return torch.tensor(found, dtype=torch.float64).std().item()

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import mdtraj
 import numpy as np
+from openmm import app
 
 
 class StateStatistics(NamedTuple):
@@ -82,3 +83,38 @@ def phi_psi(trajectory: mdtraj.Trajectory) -> np.ndarray:
     if phi.shape[1] == 0 or psi.shape[1] == 0:
         raise ValueError("trajectory must have a residue with φ and ψ, got none")
     return np.stack([phi[:, 0], psi[:, 0]], 1)
+
+
+def peptide_bonds(topology: app.Topology | mdtraj.Topology) -> list[list[int]]:
+    """The four atoms of ω of every peptide bond, those to capping groups included.
+
+    Args:
+        topology: an OpenMM or mdtraj topology with all bonds.
+
+    Returns:
+        (Cα or methyl, C, N, Cα or methyl) of each, by atom number.
+
+    Example:
+        >>> from p4flows.molecules import alanine_dipeptide
+        >>> peptide_bonds(alanine_dipeptide().topology)
+        [[1, 4, 6, 8], [8, 14, 16, 18]]
+    """
+    if isinstance(topology, app.Topology):
+        topology = mdtraj.Topology.from_openmm(topology)
+    neighbours: dict[int, list[mdtraj.core.topology.Atom]] = {}
+    for first, second in topology.bonds:
+        neighbours.setdefault(first.index, []).append(second)
+        neighbours.setdefault(second.index, []).append(first)
+    found = []
+    for first, second in topology.bonds:
+        if first.residue is second.residue or {first.name, second.name} != {"C", "N"}:
+            continue
+        carbonyl, nitrogen = (first, second) if first.name == "C" else (second, first)
+        ends = []
+        for atom, other in ((carbonyl, nitrogen), (nitrogen, carbonyl)):
+            carbons = [
+                n for n in neighbours[atom.index] if n.element.symbol == "C" and n is not other
+            ]
+            ends.append(carbons[0].index)
+        found.append([ends[0], carbonyl.index, nitrogen.index, ends[1]])
+    return sorted(found)

@@ -21,6 +21,7 @@ class WhitenedBlock(nn.Module):
         mean: what is subtracted, shape `(3k,)`.
         components: principal components as columns, shape `(3k, 3k − 6)`.
         deviations: their standard deviations in nm, largest first, shape `(3k − 6,)`.
+        handed: whether the block is the same of two mirror images in all data, shape `()`.
 
     Raises:
         ValueError: when the block is collinear, or the data does not vary in 3k − 6 directions (a
@@ -39,6 +40,7 @@ class WhitenedBlock(nn.Module):
     components: Tensor
     deviations: Tensor
     constant: Tensor
+    handed: Tensor
 
     def __init__(self, frames: Tensor) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class WhitenedBlock(nn.Module):
             ("components", vectors[:, 6:].flip(1)),
             ("deviations", deviations),
             ("constant", constant),
+            ("handed", (_hand(superposed.reshape_as(frames), reference) > 0).all()),
         ):
             self.register_buffer(name, value)
 
@@ -101,6 +104,18 @@ class WhitenedBlock(nn.Module):
         positions = flat.reshape(len(flat), -1, 3)
         return positions, self._volume(positions)
 
+    def keeps_hand(self, whitened: Tensor) -> Tensor:
+        """Which rows are not mirror images of the data.
+
+        Args:
+            whitened: shape `(N, 3k − 6)`.
+
+        Returns:
+            A bool tensor of shape `(N,)`; all True for a block that is not `handed`.
+        """
+        positions, _ = self.inverse(whitened)
+        return (_hand(positions, self.reference) > 0) | ~self.handed
+
     def _volume(self, superposed: Tensor) -> Tensor:
         # Of a turn by ω, the part within the rotations of the reference is (tr S − S) ω, where
         # S = Σ rᵢ yᵢᵀ; the rest of it is a change of shape, which leaves the determinant alone.
@@ -126,6 +141,11 @@ def _rotation_gain(correlation: Tensor) -> Tensor:
     trace = correlation.diagonal(dim1=-2, dim2=-1).sum(-1)
     identity = torch.eye(3, dtype=correlation.dtype, device=correlation.device)
     return trace[:, None, None] * identity - correlation
+
+
+def _hand(positions: Tensor, reference: Tensor) -> Tensor:
+    """det Σ rᵢ yᵢᵀ, negative for a mirror image of a block that is not flat."""
+    return torch.linalg.det(reference.T @ positions)
 
 
 def _superpose(positions: Tensor, reference: Tensor) -> Tensor:

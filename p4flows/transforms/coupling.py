@@ -7,7 +7,7 @@ import torch
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int, check_rows
+from p4flows.arguments import check_positive_int, check_positive_ints, check_rows
 
 
 def dense_net(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
@@ -71,10 +71,7 @@ class AffineCoupling(Transform):
         check_positive_int("features", features)
         if features < 2:
             raise ValueError(f"features must be at least 2 to be split, got {features}")
-        if not isinstance(hidden, Sequence):
-            raise TypeError(f"hidden must be a sequence of widths, got {type(hidden).__name__}")
-        for index, width in enumerate(hidden):
-            check_positive_int(f"hidden[{index}]", width)
+        check_positive_ints("hidden", hidden)
         super().__init__()
         self.features = features
         self.conditioning = (features + 1) // 2

@@ -15,8 +15,10 @@ from p4flows.transforms import (
     AffineCoupling,
     BentIdentity,
     BentStack,
+    ColumnsTransform,
     P4InvTransform,
     P4OrthogonalTransform,
+    SplineCoupling,
 )
 from p4flows.transforms.bent_cascade import DENSE_UP_TO
 
@@ -38,6 +40,7 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "BentStack-rank2-additive": lambda: BentStack(3, blocks=2, rank=2, perturbation="additive"),
     "BentStack-thin": lambda: BentStack(DENSE_UP_TO + 1, blocks=1, rank=2),
     "BentStack-thin-paper": lambda: BentStack(DENSE_UP_TO + 1, blocks=1, **PAPER),
+    "ColumnsTransform": lambda: ColumnsTransform(4, [3, 0, 2], P4InvTransform(3)),
     "P4InvTransform": lambda: P4InvTransform(3),
     "P4InvTransform-paper": lambda: P4InvTransform(3, **PAPER),
     "P4InvTransform-cache": lambda: P4InvTransform(3, using_cache=True),
@@ -57,6 +60,9 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "P4OrthogonalTransform-nobias": lambda: P4OrthogonalTransform(3, bias=False),
     "P4OrthogonalTransform-rank2": lambda: P4OrthogonalTransform(4, rank=2),
     "P4OrthogonalTransform-reverse": lambda: P4OrthogonalTransform(3, init="reverse"),
+    "SplineCoupling": lambda: SplineCoupling(4, [1, 2], hidden=(5, 5), bins=4),
+    "SplineCoupling-circular": lambda: SplineCoupling(5, [0, 2, 4], circular=[3, 4], hidden=(5,)),
+    "SplineCoupling-torus": lambda: SplineCoupling(2, [1], circular=[0, 1], hidden=(5,), bins=3),
 }
 
 FREE_WIDTH = 3  # of the inputs of a transform without a fixed number of features

@@ -1,0 +1,237 @@
+"""Figures of merit, figure and table of examples/boltzmann_generator.py."""
+
+import math
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from nflows.flows.base import Flow
+from torch import Tensor
+
+from p4flows import InvertibleMatrix
+from p4flows.molecules import (
+    OpenMMEnergy,
+    WeightedSamples,
+    bootstrap_error,
+    clipped,
+    effective_sample_size,
+    energy_distance,
+    forward_effective_sample_size,
+    free_energy_difference,
+    kl_divergences,
+    log_weights_of,
+    ramachandran_divergence,
+    state_statistics,
+    torus_distance,
+)
+
+CLIP = 1e-4
+FRAMES = 20_000  # of the held-out replica, for what needs their energies
+TRANSPORTED = 2_000  # rows of an exact transport problem
+# The two metastable states that are slowest to interchange, by φ in degrees.
+LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
+
+
+def states(torsions: np.ndarray) -> np.ndarray:
+    """0 for φ < 0, 1 for φ > 0, −1 for what is between; torsions in radians."""
+    phi = np.degrees(torsions[..., 0])
+    left = (LEFT[0] <= phi) & (phi < LEFT[1])
+    right = (RIGHT[0] <= phi) & (phi < RIGHT[1])
+    return np.where(left, 0, np.where(right, 1, -1))
+
+
+def spaced(rows: Any, count: int) -> Any:
+    """At most `count` rows of an array or tensor, evenly spaced."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+@torch.no_grad()
+def merits(
+    problem: Any, flow: Flow, drawn: WeightedSamples, energy: OpenMMEnergy, seed: int
+) -> dict[str, Any]:
+    """All numbers about samples; those against the simulation at the simulation's temperature."""
+    generator = torch.Generator().manual_seed(seed)
+    log_weights = drawn.log_weights
+    torsions = problem.torsions(drawn.positions)
+    label = torch.from_numpy(states(torsions))
+    numbers: dict[str, Any] = {"outside": (log_weights == -math.inf).double().mean().item()}
+
+    def with_error(name: str, statistic: Any, *samples: Tensor) -> None:
+        numbers[name] = statistic(*samples)
+        numbers[f"{name}_error"] = bootstrap_error(statistic, *samples, generator=generator)
+
+    with_error("ess", effective_sample_size, log_weights)
+    with_error("ess_clipped", lambda w: effective_sample_size(w, clip=CLIP), log_weights)
+    with_error(
+        "free_energy_kt",
+        lambda w, where: free_energy_difference(w, where == 0, where == 1),
+        log_weights,
+        label,
+    )
+    numbers["free_energy_raw_kt"] = free_energy_difference(
+        torch.zeros(len(label)), label == 0, label == 1
+    )
+    numbers["inverse_error"] = max(
+        (
+            (module.dense().double() @ module.inverse().double() - torch.eye(module.size))
+            .abs()
+            .max()
+            .item()
+            for module in flow.modules()
+            if isinstance(module, InvertibleMatrix)
+        ),
+        default=None,
+    )
+    if math.isclose(energy.temperature, problem.temperature):
+        numbers |= _against_simulation(problem, flow, drawn, torsions, energy, generator)
+    return numbers
+
+
+def _against_simulation(
+    problem: Any,
+    flow: Flow,
+    drawn: WeightedSamples,
+    torsions: np.ndarray,
+    energy: OpenMMEnergy,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    held_out = problem.held_out
+    held_out = spaced(held_out, FRAMES)
+    frame_log_weights = log_weights_of(flow, problem.coordinates, energy, held_out)
+    reverse, forward = kl_divergences(drawn.log_weights, frame_log_weights)
+    everything = problem.replicas[problem.trans]
+    expected = problem.torsions(everything)
+    weights = torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy()
+    middle = len(problem.replicas) // 2
+    halves = [
+        problem.torsions(problem.replicas[part][problem.trans[part]])
+        for part in (slice(middle), slice(middle, None))
+    ]
+    energies = energy(held_out).double().numpy()
+    found = drawn.energies.double().numpy()
+    rows = torch.randperm(len(found), generator=generator)[:TRANSPORTED].numpy()
+    weighted_rows = torch.multinomial(
+        torch.from_numpy(weights), TRANSPORTED, replacement=True, generator=generator
+    ).numpy()
+    frames = spaced(expected, TRANSPORTED)
+    train = spaced(problem.features, FRAMES)
+    return {
+        "nll": -_log_prob(flow, problem.coordinates(held_out)[0]).mean().item(),
+        "nll_training": -_log_prob(flow, train).mean().item(),
+        "forward_ess": forward_effective_sample_size(frame_log_weights),
+        "kl_reverse": reverse,
+        "kl_forward": forward,
+        "ramachandran_raw": ramachandran_divergence(expected, torsions),
+        "ramachandran": ramachandran_divergence(expected, torsions, weights),
+        "ramachandran_simulation": ramachandran_divergence(*halves),
+        "median_shift": float(np.median(found) - np.median(energies)),
+        "energy_w2": energy_distance(energies, np.minimum(found, energies.max() + 100.0)),
+        "energy_w2_reweighted": energy_distance(
+            energies, np.where(weights > 0, found, 0.0), weights
+        ),
+        "torus_w2": torus_distance(frames, torsions[rows]),
+        "torus_w2_reweighted": torus_distance(frames, torsions[weighted_rows]),
+        "torus_w2_simulation": torus_distance(*(spaced(half, TRANSPORTED) for half in halves)),
+        **_simulated_free_energy(problem),
+    }
+
+
+def _simulated_free_energy(problem: Any) -> dict[str, Any]:
+    """ΔF between the two states of the simulation; the error is the scatter of its replicas."""
+    labels = states(problem.torsions(problem.replicas.flatten(0, 1)))
+    labels = np.where(problem.trans, labels.reshape(problem.trans.shape), -1)
+    shares = np.stack([(labels == state).mean(1) for state in (0, 1)])
+    left, right = shares.mean(1)
+    known = left > 0 and right > 0
+    errors = shares.std(1, ddof=1) / math.sqrt(shares.shape[1])
+    return {
+        "transitions": state_statistics(labels).transitions,
+        "free_energy_simulation": math.log(left / right) if known else math.nan,
+        "free_energy_simulation_error": (
+            math.hypot(errors[0] / left, errors[1] / right) if known else math.nan
+        ),
+    }
+
+
+def _log_prob(flow: Flow, features: Tensor) -> Tensor:
+    return torch.cat([flow.log_prob(rows) for rows in features.split(5_000)])
+
+
+def figure(problem: Any, drawn: WeightedSamples, record: dict[str, Any]) -> Any:
+    """Energies on the left; φ and ψ of the simulation, of the samples, and reweighted."""
+    weights = torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy()
+    torsions = problem.torsions(drawn.positions)
+    everything = problem.replicas[problem.trans]
+    temperature = record["settings"]["last_temperature"]
+    title = f"simulation, {problem.temperature:g} K"
+    expected = problem.torsions(everything)
+    drawn_figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.4), layout="constrained")
+    energies = problem.energy(temperature)(spaced(everything, FRAMES))
+    reference = energies.double().numpy()
+    edges = np.linspace(reference.min() - 5.0, np.quantile(reference, 0.999) + 15.0, 80)
+    found = drawn.energies.double().numpy().clip(max=1e6)
+    axes[0].hist(reference, edges, density=True, alpha=0.4, label=title)
+    axes[0].hist(found, edges, density=True, histtype="step", label="flow")
+    axes[0].hist(
+        found, edges, density=True, histtype="step", weights=weights, label="flow, reweighted"
+    )
+    axes[0].set(xlabel="u / k$_B$T", yticks=[], title=f"energy at {temperature:g} K")
+    axes[0].legend(fontsize=7)
+    maps = ((title, expected, None), ("flow", torsions, None), ("reweighted", torsions, weights))
+    for axis, (name, angles, shares) in zip(axes[1:], maps, strict=True):
+        extent = [[-180, 180], [-180, 180]]
+        counts, *_ = np.histogram2d(*np.degrees(angles).T, bins=72, range=extent, weights=shares)
+        free_energy = -np.log(np.where(counts > 0, counts, np.nan) / counts.max())
+        axis.imshow(
+            free_energy.T, origin="lower", extent=[-180, 180, -180, 180], cmap="viridis_r", vmax=7
+        )
+        axis.set(title=name, xlabel="φ", xticks=[-180, -90, 0, 90, 180], yticks=[-180, 0, 180])
+    axes[1].set_ylabel("ψ")
+    return drawn_figure
+
+
+COLUMNS = {
+    "T (K)": lambda r: f"{r['settings']['last_temperature']:g}",
+    "samples seen": lambda r: f"{r['samples_seen']:,}",
+    "energies": lambda r: f"{r['energies']:,}",
+    "ESS": lambda r: f"{r['ess']:.1%} ± {r['ess_error']:.1%}",
+    "clipped": lambda r: f"{r['ess_clipped']:.1%} ± {r['ess_clipped_error']:.1%}",
+    "forward ESS": lambda r: f"{r['forward_ess']:.1%}",
+    "NLL held out / training": lambda r: f"{r['nll']:.2f} / {r['nll_training']:.2f}",
+    "KL(q‖p), KL(p‖q)": lambda r: f"{r['kl_reverse']:.2f}, {r['kl_forward']:.2f}",
+    "φψ KL raw / reweighted / simulation": lambda r: (
+        f"{r['ramachandran_raw']:.4f} / {r['ramachandran']:.4f} / "
+        f"{r['ramachandran_simulation']:.4f}"
+    ),
+    "median energy shift": lambda r: f"{r['median_shift']:+.2f}",
+    "W₂ energy raw / reweighted": lambda r: (
+        f"{r['energy_w2']:.2f} / {r['energy_w2_reweighted']:.2f}"
+    ),
+    "W₂ torus raw / reweighted / simulation": lambda r: (
+        f"{r['torus_w2']:.3f} / {r['torus_w2_reweighted']:.3f} / {r['torus_w2_simulation']:.3f}"
+    ),
+    "ΔF (k_BT)": lambda r: f"{r['free_energy_kt']:.2f} ± {r['free_energy_kt_error']:.2f}",
+    "ΔF simulation": lambda r: (
+        f"{r['free_energy_simulation']:.2f} ± {r['free_energy_simulation_error']:.2f}"
+    ),
+    "seconds": lambda r: f"{r['seconds']:.0f}",
+}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """All numbers as Markdown, a row for each number and a column for each run."""
+    names = [f"{r['preset']}, {r['swap']}, seed {r['seed']}" for r in records]
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for title, form in COLUMNS.items():
+        cells = []
+        for record in records:
+            try:
+                cells.append(form(record))
+            except KeyError:
+                cells.append("–")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,94 @@
+"""The example of the circular flow from simulation to table, at a toy's length."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
+pytest.importorskip("ot", reason="needs POT, of the extra `molecules`")
+import boltzmann_generator as example  # noqa: E402
+import boltzmann_generator_mixing as mixing  # noqa: E402
+import boltzmann_generator_report as report  # noqa: E402
+
+TOY = example.Preset(
+    replicas=2, frames=80, blocks=1, hidden=(8,), steps=3, batch=8, rounds=2, round_steps=2,
+    round_samples=60, samples=70,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("boltzmann_generator")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setitem(example.PRESETS, "quick", TOY)
+    cold = dataclasses.replace(TOY, last_temperature=300.0)
+    monkeypatch.setitem(example.PRESETS, "cold", cold)
+    monkeypatch.setattr(report, "TRANSPORTED", 20)
+    yield
+    report.plt.close("all")
+
+
+@pytest.mark.parametrize("swap", ["p4", "permutation"])
+def test_a_run_gives_numbers_and_weighted_samples(output, swap):
+    record = example.run("quick", swap, 0, output, workers=1, progress=False)
+    for name in ("ess", "ess_clipped", "forward_ess", "nll", "nll_training", "torus_w2"):
+        assert math.isfinite(record[name]), name
+    assert 0 < record["ess"] <= record["ess_clipped"] <= 1
+    assert record["samples_seen"] == 7 * 8 and record["energies"] == 120
+    assert (record["merges"] is None) == (swap == "permutation")
+    assert [found["temperature"] for found in record["rounds"]] == [600.0, 600.0]
+    stem = output / f"quick-{swap}-0"
+    assert json.loads(stem.with_suffix(".json").read_text())["ess"] == record["ess"]
+    trajectory, weights = molecules.load_weighted(f"{stem}-samples")
+    assert trajectory.n_frames == len(weights) == 70
+    assert stem.with_suffix(".png").exists()
+    text = report.table([record])
+    assert f"{record['ess']:.1%} ± {record['ess_error']:.1%}" in text
+    # A record that is there is read; without it, all segments are, and the flow is the same.
+    assert example.run("quick", swap, 0, output, 1, progress=False)["ess"] == record["ess"]
+    stem.with_suffix(".json").unlink()
+    again = example.run("quick", swap, 0, output, workers=1, progress=False)
+    assert again["ess"] == record["ess"] and again["rounds"] == record["rounds"]
+    assert "P4Inv | 1 | " in mixing.table({"p4": [record]})
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(output, tmp_path, monkeypatch):
+    (tmp_path / "md").symlink_to(output / "md")
+    torch.manual_seed(5)
+    problem = example.Problem(TOY, tmp_path, 1, progress=False)
+
+    def states(stem, interrupt):
+        torch.manual_seed(0)
+        flow = example.build_flow(problem, TOY, "p4", 0)
+        training = example.Training(problem, TOY, flow, 0, stem, progress=False)
+        training.likelihood()
+        training.round(1)
+        if interrupt:
+            torch.manual_seed(77)
+            flow = example.build_flow(problem, TOY, "p4", 0)
+            training = example.Training(problem, TOY, flow, 0, stem, progress=False)
+            training.likelihood()
+            training.round(1)
+        training.round(2)
+        return flow.state_dict()
+
+    torch.testing.assert_close(
+        states(tmp_path / "a", False), states(tmp_path / "b", True), rtol=0, atol=0
+    )
+
+
+def test_rounds_end_at_the_last_temperature(output):
+    assert example.PRESETS["cold"].ladder == pytest.approx([600.0 / math.sqrt(2.0), 300.0])
+    record = example.run("cold", "permutation", 0, output, workers=1, progress=False)
+    assert [found["temperature"] for found in record["rounds"]][-1] == pytest.approx(300.0)
+    # There is no simulation at 300 K to compare with.
+    assert "nll" not in record and "–" in report.table([record])
