@@ -17,6 +17,9 @@ Record = dict[str, Any]
 # Excess of an ICA, in nats a dimension, below which sources are told apart: a layer that only
 # whitens the data, whose mixtures are nearly Gaussian, stays at 0.024.
 UNMIXED = 0.02
+# Nats of a mean over held-out data beyond which a model has broken down: one row that a coupling
+# blows up by e^40 is enough, and the mean over seeds would show nothing else.
+BROKEN = 1e6
 # A search over fewer rates is marked in the table.
 FEWEST_RATES = 4
 
@@ -25,9 +28,14 @@ def last(record: Record) -> float:
     return record["curve"][-1]["value"]
 
 
+def is_lost(record: Record) -> bool:
+    """Whether a run diverged, or ended with a model that assigns some data no probability."""
+    return record["diverged"] is not None or last(record) > BROKEN
+
+
 def best_rate(records: list[Record], seed: int) -> float | None:
     """The rate at which the run with this seed ends best; None when all diverged."""
-    finished = [r for r in records if r["seed"] == seed and r["diverged"] is None]
+    finished = [r for r in records if r["seed"] == seed and not is_lost(r)]
     return min(finished, key=last)["rate"] if finished else None
 
 
@@ -38,7 +46,7 @@ def at_best(records: list[Record]) -> tuple[list[Record], list[float]]:
     seed = max(sorted(set(seeds)), key=seeds.count)
     rate = best_rate(records, seed)
     rates = sorted({record["rate"] for record in records if record["seed"] == seed})
-    return [r for r in records if r["rate"] == rate and r["diverged"] is None], rates
+    return [r for r in records if r["rate"] == rate and not is_lost(r)], rates
 
 
 def value_at(record: Record, seconds: float) -> float:
@@ -88,7 +96,7 @@ def row(own: list[Record], reference: list[Record], ica: bool) -> list[str]:
     """One contestant."""
     runs, rates = at_best(own)
     title = CONTESTANTS[own[0]["contestant"]].title
-    failed = sum(r["diverged"] is not None for r in own)
+    failed = sum(is_lost(r) for r in own)
     diverged = f"{failed} of {len(own)}" if failed else "–"
     if not runs:
         return [title, "none", *["–"] * (6 if ica else 5), diverged]
