@@ -1,5 +1,6 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
+from p4flows.attaching import NotMergedWarning
 from p4flows.builders import bent_stacked_flow, realnvp_flow
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
@@ -15,6 +16,7 @@ __all__ = [
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
+    "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
     "P4OrthogonalTransform",

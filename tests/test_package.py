@@ -19,6 +19,7 @@ CONTRACT = {
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
+    "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
     "P4OrthogonalTransform",
