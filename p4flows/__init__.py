@@ -2,6 +2,7 @@
 
 from p4flows.attaching import NotMergedWarning
 from p4flows.builders import bent_stacked_flow, realnvp_flow
+from p4flows.conversion import plain, swap_linear
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
 from p4flows.parametrize import invertible, orthogonal
@@ -25,5 +26,7 @@ __all__ = [
     "fit",
     "invertible",
     "orthogonal",
+    "plain",
     "realnvp_flow",
+    "swap_linear",
 ]

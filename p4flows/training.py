@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
+from p4flows.attaching import driver_of
+from p4flows.matrices import PerturbedMatrix
 from p4flows.merging import MergeHook
 
 _FORMAT = 1
@@ -56,7 +58,7 @@ def fit(
     *,
     steps: int,
     optimizer: Optimizer,
-    hook: MergeHook | None = None,
+    hook: MergeHook | Literal[False] | None = None,
     penalty: float = 0.0,
     scheduler: LRScheduler | None = None,
     loss: Loss = negative_log_likelihood,
@@ -74,7 +76,8 @@ def fit(
             batches (a `DataLoader`), which is started again whenever it is exhausted.
         steps: number of gradient steps in all, those before a resume included.
         optimizer: trains the flow's parameters; not `LBFGS`, whose step needs a closure.
-        hook: the `MergeHook` on the optimizer; it is saved and shown, and merges by itself.
+        hook: the `MergeHook` of the flow; it is saved and shown, and merges by itself. None: the
+            one that the flow has, or a new one where the flow has P4 layers. False: none.
         penalty: strength C_p of the hook's penalty, added to the loss.
         scheduler: learning-rate schedule, stepped after every gradient step.
         loss: function of (flow, batch) that returns a scalar; −log-likelihood by default.
@@ -110,8 +113,9 @@ def fit(
     """
     for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every)):
         check_positive_int(name, count)
+    hook = _hook_of(flow, optimizer) if hook is None else hook or None
     if penalty != 0.0 and hook is None:
-        raise ValueError("penalty needs a hook: pass hook=MergeHook(flow, optimizer)")
+        raise ValueError("penalty needs a hook: pass hook=MergeHook(flow) of P4 layers")
     if resume is True and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=, the file to continue from")
     if generator is None:
@@ -248,6 +252,18 @@ class _Run:
                 f"{path} is of another optimizer: parameter groups of {groups} parameters, "
                 f"expected {expected}"
             )
+
+
+def _hook_of(flow: nn.Module, optimizer: Optimizer) -> MergeHook | None:
+    """The hook that merges the flow's P4 layers in the steps of the optimizer, made if need be."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for matrix in flow.modules():
+        if isinstance(matrix, PerturbedMatrix) and any(id(p) in held for p in matrix.parameters()):
+            driver = driver_of(matrix)
+            if isinstance(driver, MergeHook) and driver.follows(optimizer):
+                return driver
+            return MergeHook(flow, optimizer)
+    return None
 
 
 def _layout(state_dict: dict[str, Any]) -> dict[str, str]:

@@ -28,7 +28,9 @@ CONTRACT = {
     "fit",
     "invertible",
     "orthogonal",
+    "plain",
     "realnvp_flow",
+    "swap_linear",
 }
 
 
