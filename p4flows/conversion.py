@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nflows.transforms.linear import NaiveLinear
+from nflows.transforms.base import CompositeTransform
+from nflows.transforms.lu import LULinear
+from nflows.transforms.permutations import Permutation
+from nflows.transforms.standard import PointwiseAffineTransform
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
@@ -18,25 +21,25 @@ def plain(module: nn.Module) -> nn.Module:
     """A copy whose P4 layers are ordinary linear layers of the same function.
 
     For averaging of weights, export, and readers without p4flows. P4InvTransform and
-    P4OrthogonalTransform become nflows' `NaiveLinear`, a `BentStack` becomes its single layers, and
-    weights parametrized by `invertible` or `orthogonal` become ordinary ones. Other layers of this
-    package (`BentIdentity`, `AffineCoupling`) have nothing to convert and stay.
+    P4OrthogonalTransform become nflows' `LULinear`, signs and `Permutation`, a `BentStack` becomes
+    its single layers, and weights parametrized by `invertible` or `orthogonal` ordinary ones. Other
+    layers of this package (`BentIdentity`, `AffineCoupling`) have nothing to convert and stay.
 
     Args:
         module: any; it does not change.
 
     Returns:
-        The copy. Its matrices are trained as a whole, and their log-determinants cost O(n³).
+        The copy, equal up to the rounding of an LU decomposition.
 
     Raises:
         TypeError: when it is not an nn.Module.
 
     Example:
         >>> layer = P4InvTransform(3, init="reverse")
-        >>> type(plain(layer)).__name__
-        'NaiveLinear'
+        >>> [type(part).__name__ for part in plain(layer)._transforms]
+        ['LULinear', 'PointwiseAffineTransform', 'Permutation']
         >>> x = torch.randn(5, 3)
-        >>> torch.equal(plain(layer)(x)[0], layer(x)[0])
+        >>> torch.allclose(plain(layer)(x)[0], layer(x)[0])
         True
     """
     _check_module(module)
@@ -45,8 +48,11 @@ def plain(module: nn.Module) -> nn.Module:
         for name in list(getattr(child, "parametrizations", ())):
             if is_parametrized(child, name) and any(
                 isinstance(each, PerturbedMatrix)
-                for each in child.parametrizations[name]  # type: ignore[index, union-attr]
+                for each in child.parametrizations[name]  # type: ignore[index]
             ):
+                # torch takes the property off the class, which the original has in common.
+                kind = type(child)
+                child.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                 remove_parametrizations(child, name)
     return _replaced(duplicate, _plain_layer)
 
@@ -132,10 +138,23 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
         return _replaced(layer.to_composite().train(layer.training), _plain_layer)
     if not isinstance(layer, PerturbedLinear):
         return None
-    weight = layer.weight()
-    linear = NaiveLinear(layer.features, False, layer.using_cache).to(weight)
-    linear._weight.copy_(weight)
-    linear.bias.zero_()
-    if layer.bias is not None:
-        linear.bias.copy_(layer.bias)
-    return linear.train(layer.training)
+    # nflows' `NaiveLinear` has no inverse in today's torch, and its `LULinear` neither pivots nor
+    # changes signs: A = P S L U with U of positive diagonal, in float64.
+    permutation, lower, upper = torch.linalg.lu(layer.weight().double())
+    sign = upper.diagonal().sign()
+    lower, upper = sign[:, None] * lower * sign, sign[:, None] * upper
+    triangular = LULinear(layer.features, layer.using_cache, eps=0.0).double()
+    triangular.lower_entries.copy_(lower[triangular.lower_indices])
+    triangular.upper_entries.copy_(upper[triangular.upper_indices])
+    diagonal = upper.diagonal()
+    # The inverse of softplus.
+    triangular.unconstrained_upper_diag.copy_(diagonal + torch.log(-torch.expm1(-diagonal)))
+    bias = torch.zeros_like(sign) if layer.bias is None else layer.bias.double()
+    composite = CompositeTransform(
+        [
+            triangular,
+            PointwiseAffineTransform(shift=permutation.mT @ bias, scale=sign),
+            Permutation(permutation.argmax(1)),
+        ]
+    )
+    return composite.to(layer.weight()).train(layer.training)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from nflows.flows import Flow
-from nflows.transforms import CompositeTransform, LULinear, NaiveLinear
+from nflows.transforms import CompositeTransform, LULinear
 from torch import nn
 
 from p4flows import (
@@ -51,6 +51,8 @@ MODULES = {
 }
 
 
+# nflows' LULinear solves by it in the inverse direction.
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve is deprecated")
 @pytest.mark.parametrize("build", MODULES.values(), ids=MODULES)
 def test_plain_is_the_same_function(build):
     layer = moved(build()).double()
@@ -98,9 +100,8 @@ def lu(features, **options):
     return layer
 
 
-@pytest.mark.parametrize("build", [lu, NaiveLinear])
-def test_swap_linear_keeps_the_function(build):
-    composite = CompositeTransform([build(3), P4InvTransform(3), build(3)]).double()
+def test_swap_linear_keeps_the_function():
+    composite = CompositeTransform([lu(3), P4InvTransform(3), lu(3)]).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     expected = composite(x)
     swapped = swap_linear(composite, rank=2)
@@ -125,5 +126,5 @@ def test_what_cannot_be_swapped():
     with pytest.raises(ValueError, match=r"must have a linear layer .* there is none in Linear"):
         swap_linear(nn.Linear(2, 2))
     for function in (plain, swap_linear):
-        with pytest.raises(TypeError, match="module must be an nn.Module, got str"):
+        with pytest.raises(TypeError, match=r"module must be an nn\.Module, got str"):
             function("flow")
