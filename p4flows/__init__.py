@@ -1,6 +1,8 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
+from p4flows.attaching import NotMergedWarning
 from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
+from p4flows.conversion import plain, swap_linear
 from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
@@ -16,6 +18,7 @@ __all__ = [
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
+    "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
     "P4OrthogonalTransform",
@@ -25,6 +28,8 @@ __all__ = [
     "fit",
     "invertible",
     "orthogonal",
+    "plain",
     "realnvp_flow",
     "spline_flow",
+    "swap_linear",
 ]

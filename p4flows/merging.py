@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -12,10 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from p4flows.arguments import check_positive_int
+from p4flows.attaching import drive, driver_of, release, unwrapped
 from p4flows.draws import Draw
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
 from p4flows.matrices.error import CONDITION_EPS
 from p4flows.matrices.merge import MergeReport, merge_together
+from p4flows.merge_stats import MergeStats
+from p4flows.optimizer_entry import OptimizerEntry
 from p4flows.optimizer_state import (
     carry_momentum,
     restart_lbfgs,
@@ -29,55 +31,24 @@ _STACK_UP_TO = 128
 
 COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
 
-# Which hook drives a matrix: a second one would merge twice as often, which nothing else shows.
-_drivers: "weakref.WeakKeyDictionary[PerturbedMatrix, weakref.ref[MergeHook]]" = (
-    weakref.WeakKeyDictionary()
-)
-
-
-@dataclasses.dataclass
-class MergeStats:
-    """What a `MergeHook` has done so far, counted in matrices; readable by key as well.
-
-    Attributes:
-        merged: perturbations merged into their matrix, the forced ones included.
-        skipped: merges refused because they were outside the bounds or not finite.
-        forced: merges outside the bounds that N_force let through.
-        reset: perturbations thrown away because they were not finite, or because N_force would have
-            made the matrix singular to working precision.
-        corrected: stored inverses computed anew, each N_correct merges and where a probe found one
-            off.
-        rescued: corrections of each N_correct merges that found no right digit left.
-
-    Example:
-        >>> dict(MergeStats(merged=3))["merged"]
-        3
-    """
-
-    merged: int = 0
-    skipped: int = 0
-    forced: int = 0
-    reset: int = 0
-    corrected: int = 0
-    rescued: int = 0
-
-    def keys(self) -> Iterator[str]:
-        """The names of the counts, so that `dict(stats)` works."""
-        return (field.name for field in dataclasses.fields(self))
-
-    def __getitem__(self, name: str) -> int:
-        return int(getattr(self, name))
-
 
 class MergeHook:
     """Merges every `PerturbedMatrix` of a module from inside `optimizer.step()` (Algorithm 1).
 
-    Registered once on the optimizer, so that any training loop works unchanged.
+    Any training loop works unchanged, also one inside another library: without an optimizer the
+    hook attaches itself to whichever one steps the module's u and v, and to its successor with the
+    counts that it has. The counts travel in `optimizer.state_dict()`, in the entry "p4flows" of a
+    parameter group, so that a checkpoint of module and optimizer resumes exactly.
+
+    A newer hook takes its matrices over from an older one. A hook lives as long as its matrices,
+    held or not. It can be pickled; a copy made together with the module drives the copied module.
 
     Args:
         module: holds the perturbed matrices, at any depth.
-        optimizer: trains their u and v, any of `torch.optim`; other parameters are not touched.
-        every: N, optimizer steps between merges.
+        optimizer: trains their u and v, any of `torch.optim`, also inside a wrapper (`.optimizer`);
+            other parameters are not touched. The hook is bound to it. None: whichever optimizer
+            steps u and v, which has to hold all of them that are to be trained.
+        every: N, optimizer steps between merges; steps that a `GradScaler` skipped do not count.
         force_every: N_force, merges between forced ones; None is never.
         correct_every: N_correct, merges between corrections of the inverse; None is never.
         restart: what happens to the optimizer's state when v is redrawn. "carry": momentum that
@@ -93,13 +64,14 @@ class MergeHook:
     Raises:
         TypeError: when an argument has the wrong type.
         ValueError: when an interval is not positive, the module has no perturbed matrix that is to
-            be trained, the optimizer does not hold its u and v, or another hook drives it already.
+            be trained, or the optimizer does not hold its u and v; the last also from the first
+            step of an optimizer that holds only some of them.
 
     Example:
         >>> from p4flows import P4InvTransform
         >>> layer = P4InvTransform(2)
+        >>> hook = MergeHook(layer, every=10)
         >>> optimizer = torch.optim.Adam(layer.parameters())
-        >>> hook = MergeHook(layer, optimizer, every=10)
         >>> for _ in range(20):
         ...     optimizer.zero_grad()
         ...     loss = (layer(torch.ones(1, 2))[0] - 3).square().sum()
@@ -112,7 +84,7 @@ class MergeHook:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None = None,
         *,
         every: int = 50,
         force_every: int | None = 10,
@@ -122,7 +94,8 @@ class MergeHook:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
-        if not isinstance(optimizer, Optimizer):
+        inner = unwrapped(optimizer)
+        if inner is not None and not isinstance(inner, Optimizer):
             raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
         check_positive_int("every", every)
         for name, interval in (("force_every", force_every), ("correct_every", correct_every)):
@@ -132,6 +105,15 @@ class MergeHook:
             raise ValueError(f"restart must be 'carry' or 'v', got {restart!r}")
         if draw not in get_args(Draw):
             raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
+        matrices = {
+            name or type(found).__name__: found
+            for name, found in module.named_modules()
+            if isinstance(found, PerturbedMatrix)
+        }
+        if not any(map(_is_trained, matrices.values())):
+            raise ValueError("module has no P4 layer to train: there is nothing to merge")
+        if inner is not None:
+            _check_held(matrices, inner)
         self.every = every
         self.force_every = force_every
         self.correct_every = correct_every
@@ -141,22 +123,17 @@ class MergeHook:
         self._steps = 0
         self._merges = 0
         self._warned_of_condition = False
-        self._matrices = _trainable_matrices(module, optimizer)
-        # Weak, because the optimizer holds the hook: both shall go when the user lets go of them.
-        self._optimizer = weakref.ref(optimizer)
-        for name, matrix in self._matrices.items():
-            driver = _drivers.get(matrix, lambda: None)()
-            if driver is not None and driver.is_active():
-                raise ValueError(f"{name} is driven by another MergeHook: call its remove() first")
-        for matrix in self._matrices.values():
-            _drivers[matrix] = weakref.ref(self)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._skipped: Tensor | None = None
+        self._start(matrices, inner)
+        drive(self, matrices.values())
+        if inner is not None:
+            self.attach(inner)
 
     @classmethod
     def paper(
         cls,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None = None,
         *,
         every: int = 100,
         force_every: int | None = 10,
@@ -185,17 +162,42 @@ class MergeHook:
         )
 
     def is_active(self) -> bool:
-        """Whether an optimizer still calls this hook."""
-        optimizer = self._optimizer()
-        return optimizer is not None and self._handle.id in optimizer._optimizer_step_post_hooks
+        """Whether the next step of an optimizer that holds u and v is counted by this hook.
+
+        Not so when it was removed, a newer hook took its matrices over, the optimizer that it is
+        bound to is gone, or its matrices are: those of a copy are, when it was copied without the
+        module.
+        """
+        if self._bound is not None and self._bound() is None:
+            return False
+        return any(driver_of(matrix) is self for matrix in self._alive().values())
 
     def remove(self) -> None:
-        """Take the hook off the optimizer; the matrices keep their state."""
-        self._handle.remove()
-        for matrix in self._matrices.values():
-            # A later hook may have taken the matrix over from this one.
-            if _drivers.get(matrix, lambda: None)() is self:
-                del _drivers[matrix]
+        """Take the hook off its matrices and optimizers; the matrices keep their state."""
+        release(self)
+        self.detach()
+
+    @torch.no_grad()
+    def merge(self, force: bool = False) -> bool:
+        """Merge now, whatever the count: at the end of a training, so that u = 0.
+
+        Args:
+            force: merge also what is outside its bounds.
+
+        Returns:
+            Whether every perturbation went into its matrix.
+
+        Raises:
+            RuntimeError: when the hook drives no matrix: see `is_active`.
+        """
+        if not self._driven():
+            raise RuntimeError(
+                "this hook drives no matrix: it was removed, a newer MergeHook took over, or the "
+                "module is gone"
+            )
+        merged = self._merge(force, correct=False)
+        self._write()
+        return merged
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty C_p·g(u, v) of Appendix A, summed over all matrices.
@@ -211,13 +213,24 @@ class MergeHook:
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and statistics; the matrices keep the rest in the module's `state_dict`."""
-        return {"steps": self._steps, "merges": self._merges, "stats": dict(self.stats)}
+        state = {"steps": self._steps, "merges": self._merges, "stats": dict(self.stats)}
+        return state if self._skipped is None else {**state, "skipped": self._skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the count of steps and merges where `state_dict()` was taken."""
-        self._steps = state_dict["steps"]
-        self._merges = state_dict["merges"]
-        self.stats = MergeStats(**state_dict["stats"])
+        """Continue the count of steps and merges where `state_dict()` was taken.
+
+        Not needed where the optimizer's own state is loaded, which has it; this one wins.
+        """
+        self._take_over(state_dict)
+        # An optimizer that is not there yet may have a state of its own to offer.
+        self._is_loaded = not self._entries
+        self._write()
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        self._steps = state["steps"]
+        self._merges = state["merges"]
+        self._skipped = state.get("skipped")
+        self.stats = MergeStats(**state["stats"])
 
     def __repr__(self) -> str:
         return (
@@ -226,38 +239,131 @@ class MergeHook:
             f"restart={self.restart!r}, draw={self.draw!r})"
         )
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _start(self, matrices: dict[str, PerturbedMatrix], optimizer: Optimizer | None) -> None:
+        """What a copy does not share."""
+        # Weak, because the matrices hold the hook: both shall go when the user lets go of them.
+        self._references = {name: weakref.ref(matrix) for name, matrix in matrices.items()}
+        self._bound = None if optimizer is None else weakref.ref(optimizer)
+        # Of each optimizer that has stepped the matrices.
+        self._entries: weakref.WeakKeyDictionary[Optimizer, OptimizerEntry] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._is_loaded = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_references", "_bound", "_entries", "_is_loaded")
+        state = {name: value for name, value in vars(self).items() if name not in own}
+        matrices = self._alive()
+        driven = [name for name, matrix in matrices.items() if driver_of(matrix) is self]
+        return {**state, "stats": dataclasses.replace(self.stats), "state": (matrices, driven)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        matrices, driven = state.pop("state")
+        vars(self).update(state)
+        self._start(matrices, None)
+        found = [matrices[name] for name in driven]
+        drive(self, [matrix for matrix in found if driver_of(matrix) is None])
+
+    def _alive(self) -> dict[str, PerturbedMatrix]:
+        found = ((name, reference()) for name, reference in self._references.items())
+        return {name: matrix for name, matrix in found if matrix is not None}
+
+    @property
+    def _matrices(self) -> dict[str, PerturbedMatrix]:
+        """Those that are to be trained, by name."""
+        return {name: matrix for name, matrix in self._alive().items() if _is_trained(matrix)}
+
+    def _driven(self) -> dict[str, PerturbedMatrix]:
+        """Those of them that no newer hook has taken over."""
+        return {name: m for name, m in self._matrices.items() if driver_of(m) is self}
+
+    def _write(self) -> None:
+        for optimizer, entry in self._entries.items():
+            entry.write(optimizer, self.state_dict())
+
+    def follows(self, optimizer: Optimizer) -> bool:
+        """Whether it merges after the steps of this optimizer."""
+        return self._bound is None or self._bound() is optimizer
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Called before the first step of an optimizer that it follows."""
+        matrices = self._driven()
+        _check_held(matrices, optimizer)
+        trained = (
+            p for matrix in matrices.values() for p in matrix.parameters() if p.requires_grad
+        )
+        entry = OptimizerEntry(optimizer, next(trained))
+        known = self._entries.get(optimizer)
+        if known is not None and (known.group, known.key) == (entry.group, entry.key):
+            return
+        if known is not None:
+            known.erase(optimizer)
+        self._entries[optimizer] = entry
+        loaded = entry.loaded(optimizer)
+        if loaded is not None and not self._is_loaded:
+            self._take_over(loaded)
+        self._is_loaded = False
+        entry.write(optimizer, self.state_dict())
+
+    def detach(self) -> None:
+        """Called when some of its matrices were given to another hook."""
+        for optimizer, entry in self._entries.items():
+            entry.erase(optimizer)
+        self._entries.clear()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after each step of an optimizer that it follows."""
+        entry = self._entries[optimizer]
+        loaded = entry.loaded(optimizer)
+        if loaded is not None:
+            self._take_over(loaded)
         self._steps += 1
-        if self._steps % self.every == 0:
-            self._merge(optimizer)
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+            # A fused optimizer skips inside of its kernel; reading that at each step would wait
+            # for the device each time.
+            skipped = (found_inf != 0).to(torch.int64)
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        if self._steps % self.every == 0 and not self._discount_skipped():
+            self._merges += 1
+            force = self.force_every is not None and self._merges % self.force_every == 0
+            correct = self.correct_every is not None and self._merges % self.correct_every == 0
+            self._merge(force, correct)
+        entry.write(optimizer, self.state_dict())
+
+    def _discount_skipped(self) -> int:
+        """Take back the steps that a GradScaler skipped; their number."""
+        if self._skipped is None:
+            return 0
+        skipped, self._skipped = int(self._skipped), None
+        self._steps -= skipped
+        return skipped
 
     @torch.no_grad()
-    def _merge(self, optimizer: Optimizer) -> None:
-        self._merges += 1
-        force = self.force_every is not None and self._merges % self.force_every == 0
-        correct = self.correct_every is not None and self._merges % self.correct_every == 0
+    def _merge(self, force: bool, correct: bool) -> bool:
+        complete = True
         for group in self._groups():
             matrices = list(group.values())
             report = merge_together(matrices, force, self.draw, correct)
             # All that the host has to know of the group, in one read.
             numbers = _for_host(report, len(matrices))
             self._count(numbers)
-            self._restart_states(optimizer, matrices, report, numbers)
+            complete = complete and bool((numbers["merged"] > 0).all())
+            self._restart_states(matrices, report, numbers)
             self._watch_condition(group, numbers["condition"])
+        return complete
 
     def _restart_states(
-        self,
-        optimizer: Optimizer,
-        matrices: list[PerturbedMatrix],
-        report: MergeReport,
-        numbers: dict[str, Tensor],
+        self, matrices: list[PerturbedMatrix], report: MergeReport, numbers: dict[str, Tensor]
     ) -> None:
         reset = (numbers["reset"] > 0).any(-1)
         changed = (reset | (numbers["merged"] > 0).any(-1)).tolist()
         rows = [report.v, *report.outcome]
         each = zip(*(row.unbind() for row in rows), strict=True) if len(matrices) > 1 else [rows]
         for index, (matrix, (before, *masks)) in enumerate(zip(matrices, each, strict=True)):
-            if changed[index]:
+            if not changed[index]:
+                continue
+            # Two optimizers may take turns, and one that was replaced may come back.
+            for optimizer in self._entries:
                 outcome = MergeOutcome(*masks)
                 self._restart_state(optimizer, matrix, before, outcome, bool(reset[index]))
 
@@ -279,7 +385,7 @@ class MergeHook:
     def _groups(self) -> list[dict[str, PerturbedMatrix]]:
         """The matrices by name, those together that can be merged by the same calls."""
         groups: dict[Any, dict[str, PerturbedMatrix]] = defaultdict(dict)
-        for name, matrix in self._matrices.items():
+        for name, matrix in self._driven().items():
             alone = name if matrix.size > _STACK_UP_TO else ""
             groups[matrix.layout(), alone][name] = matrix
         return list(groups.values())
@@ -321,16 +427,12 @@ def _for_host(report: MergeReport, matrices: int) -> dict[str, Tensor]:
     return dict(zip((*fields, "condition"), host, strict=True))
 
 
-def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, PerturbedMatrix]:
-    """The perturbed matrices to be trained, by name; an error when the optimizer lacks one."""
-    matrices = {
-        name or type(found).__name__: found
-        for name, found in module.named_modules()
-        if isinstance(found, PerturbedMatrix)
-        and any(parameter.requires_grad for parameter in found.parameters())
-    }
-    if not matrices:
-        raise ValueError("module has no P4 layer to train: there is nothing to merge")
+def _is_trained(matrix: PerturbedMatrix) -> bool:
+    return any(parameter.requires_grad for parameter in matrix.parameters())
+
+
+def _check_held(matrices: dict[str, PerturbedMatrix], optimizer: Optimizer) -> None:
+    """An error when the optimizer lacks parameters of matrices that are to be trained."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
         f"{name}.{factor}"
@@ -340,7 +442,6 @@ def _trainable_matrices(module: nn.Module, optimizer: Optimizer) -> dict[str, Pe
     ]
     if missing:
         raise ValueError(
-            "optimizer does not hold the parameters "
-            f"{', '.join(missing)}: build it from module.parameters()"
+            f"optimizer does not hold the parameters {', '.join(missing)}: build it from "
+            "module.parameters(), or make a MergeHook for the layers of each optimizer"
         )
-    return matrices

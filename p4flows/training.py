@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
+from p4flows.attaching import driver_of
 from p4flows.checkpoints import previous_of, read_checkpoint, try_folder, write_checkpoint
-from p4flows.matrices import InvertibleMatrix
+from p4flows.matrices import InvertibleMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
 
 _FORMAT = 2
@@ -60,7 +61,7 @@ def fit(
     *,
     steps: int,
     optimizer: Optimizer,
-    hook: MergeHook | None = None,
+    hook: MergeHook | Literal[False] | None = None,
     penalty: float = 0.0,
     scheduler: LRScheduler | None = None,
     loss: Loss = negative_log_likelihood,
@@ -78,7 +79,8 @@ def fit(
             batches (a `DataLoader`), which is started again whenever it is exhausted.
         steps: number of gradient steps in all, those before a resume included.
         optimizer: trains the flow's parameters; not `LBFGS`, whose step needs a closure.
-        hook: the `MergeHook` on the optimizer; it is saved and shown, and merges by itself.
+        hook: the `MergeHook` of the flow; it is saved and shown, and merges by itself. None: the
+            one that the flow has, or a new one where the flow has P4 layers. False: none.
         penalty: strength C_p of the hook's penalty, added to the loss.
         scheduler: learning-rate schedule, stepped after every gradient step.
         loss: function of (flow, batch) that returns a scalar; −log-likelihood by default.
@@ -120,8 +122,9 @@ def fit(
     """
     for name, count in (("steps", steps), ("checkpoint_every", checkpoint_every)):
         check_positive_int(name, count)
+    hook = _hook_of(flow, optimizer) if hook is None else hook or None
     if penalty != 0.0 and hook is None:
-        raise ValueError("penalty needs a hook: pass hook=MergeHook(flow, optimizer)")
+        raise ValueError("penalty needs a hook: pass hook=MergeHook(flow) of P4 layers")
     if resume is True and checkpoint is None:
         raise ValueError("resume=True needs checkpoint=, the file to continue from")
     if generator is None:
@@ -294,6 +297,18 @@ def _settings(flow: nn.Module, hook: MergeHook | None) -> dict[str, Any]:
         if isinstance(module, InvertibleMatrix):
             settings[f"{name or 'flow'}.bounds"] = repr(module.bounds)
     return settings
+
+
+def _hook_of(flow: nn.Module, optimizer: Optimizer) -> MergeHook | None:
+    """The hook that merges the flow's P4 layers in the steps of the optimizer, made if need be."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for matrix in flow.modules():
+        if isinstance(matrix, PerturbedMatrix) and any(id(p) in held for p in matrix.parameters()):
+            driver = driver_of(matrix)
+            if isinstance(driver, MergeHook) and driver.follows(optimizer):
+                return driver
+            return MergeHook(flow, optimizer)
+    return None
 
 
 def _layout(state_dict: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ CONTRACT = {
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
+    "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
     "P4OrthogonalTransform",
@@ -28,8 +29,10 @@ CONTRACT = {
     "fit",
     "invertible",
     "orthogonal",
+    "plain",
     "realnvp_flow",
     "spline_flow",
+    "swap_linear",
 }
 
 

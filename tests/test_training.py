@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import p4flows.training
-from p4flows import MergeBounds, MergeHook, P4InvTransform, bent_stacked_flow, fit
+from p4flows import (
+    InvertibleMatrix,
+    MergeBounds,
+    MergeHook,
+    P4InvTransform,
+    bent_stacked_flow,
+    fit,
+)
+from p4flows.attaching import driver_of
 from p4flows.checkpoints import DamagedCheckpointError, read_checkpoint, write_checkpoint
 from p4flows.training import negative_log_likelihood
 
@@ -300,8 +308,31 @@ def test_without_a_hook_the_bar_shows_the_loss_alone(monkeypatch):
     monkeypatch.setattr(p4flows.training, "tqdm", Bar)
     run = new_run()
     run.hook.remove()
-    run.fit(steps=5, progress=True, hook=None)
+    run.fit(steps=5, progress=True, hook=False)
     assert list(Bar.last.shown[0][1]) == ["loss"]
+
+
+def test_without_a_hook_one_is_made_or_found():
+    run = new_run()
+    run.hook.remove()
+    run.fit(steps=50, hook=None)
+    (matrix,) = [each for each in run.flow.modules() if isinstance(each, InvertibleMatrix)]
+    assert (matrix.draws == 2).all()  # N = 50
+    hook = MergeHook(run.flow, every=5)
+    run.fit(steps=10, hook=None)
+    assert hook.is_active()
+    assert (matrix.draws == 4).all()
+    hook.remove()
+    run.fit(steps=50, hook=False)
+    assert (matrix.draws == 4).all()
+    flow = nn.Sequential(P4InvTransform(2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(flow[1].parameters(), lr=0.1)
+    fit(flow, [DATA], steps=2, optimizer=optimizer, progress=False, loss=square)
+    assert driver_of(flow[0].matrix) is None
+
+
+def square(flow, batch):
+    return flow[1](batch).square().sum()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -637,7 +668,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         ({"steps": 0}, ValueError, "steps must be a positive int, got 0"),
         ({"steps": 1e3}, TypeError, "steps must be a positive int, got float"),
         ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be a positive int, got 0"),
-        ({"penalty": 0.1, "hook": None}, ValueError, "penalty needs a hook: pass hook=MergeHook"),
+        ({"penalty": 0.1, "hook": False}, ValueError, "penalty needs a hook: pass hook=MergeHook"),
         ({"resume": True}, ValueError, "resume=True needs checkpoint=, the file to continue from"),
         (
             {"batches": 3},

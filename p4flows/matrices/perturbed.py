@@ -4,6 +4,7 @@ import abc
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -24,6 +25,13 @@ from p4flows.matrices.merge import (
 from p4flows.matrices.precision import on_rows, storage_dtype, without_autocast
 
 _DRAWS = {"normal": standard_normal, "basis": basis_columns}
+
+_living: "weakref.WeakSet[PerturbedMatrix]" = weakref.WeakSet()
+
+
+def living_matrices() -> "list[PerturbedMatrix]":
+    """All perturbed matrices there are, copies and unpickled ones included."""
+    return list(_living)
 
 
 def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
@@ -95,6 +103,12 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     frozen: Tensor
     seed: Tensor
     draws: Tensor
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Entered among the living, for copies and pickles do not call the constructor."""
+        matrix = super().__new__(cls)
+        _living.add(matrix)
+        return matrix
 
     def __init__(
         self, size: int, batch_shape: tuple[int, ...], rank: int, init: str | Tensor

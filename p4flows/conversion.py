@@ -1,0 +1,160 @@
+"""The way in and the way out: P4 layers in place of other linear layers, and back."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nflows.transforms.base import CompositeTransform
+from nflows.transforms.lu import LULinear
+from nflows.transforms.permutations import Permutation
+from nflows.transforms.standard import PointwiseAffineTransform
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+from p4flows.matrices import PerturbedMatrix
+from p4flows.transforms import BentStack, P4InvTransform
+from p4flows.transforms.linear import PerturbedLinear
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """A copy whose P4 layers are ordinary linear layers of the same function.
+
+    For averaging of weights, export, and readers without p4flows. P4InvTransform and
+    P4OrthogonalTransform become nflows' `LULinear`, signs and `Permutation`, a `BentStack` becomes
+    its single layers, and weights parametrized by `invertible` or `orthogonal` ordinary ones. Other
+    layers of this package (`BentIdentity`, `AffineCoupling`) have nothing to convert and stay.
+
+    Args:
+        module: any; it does not change.
+
+    Returns:
+        The copy, equal up to the rounding of an LU decomposition.
+
+    Raises:
+        TypeError: when it is not an nn.Module.
+
+    Example:
+        >>> layer = P4InvTransform(3, init="reverse")
+        >>> [type(part).__name__ for part in plain(layer)._transforms]
+        ['LULinear', 'PointwiseAffineTransform', 'Permutation']
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(plain(layer)(x)[0], layer(x)[0])
+        True
+    """
+    _check_module(module)
+    duplicate = copy.deepcopy(module)
+    for child in list(duplicate.modules()):
+        for name in list(getattr(child, "parametrizations", ())):
+            if is_parametrized(child, name) and any(
+                isinstance(each, PerturbedMatrix)
+                for each in child.parametrizations[name]  # type: ignore[index]
+            ):
+                # torch takes the property off the class, which the original has in common.
+                kind = type(child)
+                child.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+                remove_parametrizations(child, name)
+    return _replaced(duplicate, _plain_layer)
+
+
+def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
+    """Put P4InvTransform layers in place of nflows-type linear layers, keeping their weights.
+
+    They are found by what they have, `weight()`, `weight_inverse()` and `bias`, not by their class:
+    LULinear and the others of nflows, and the copies of it in glasflow and normflows. Build the
+    optimizer afterwards.
+
+    Args:
+        module: is changed, unless it is such a layer itself.
+        **options: those of `P4InvTransform` besides features, init and bias.
+
+    Returns:
+        The module, or the layer that takes its place.
+
+    Raises:
+        TypeError: when it is not an nn.Module.
+        ValueError: when there is no such layer in it.
+
+    Example:
+        >>> from nflows.transforms import CompositeTransform, LULinear
+        >>> composite = CompositeTransform([LULinear(3), LULinear(3)])
+        >>> [type(layer).__name__ for layer in swap_linear(composite)._transforms]
+        ['P4InvTransform', 'P4InvTransform']
+    """
+    _check_module(module)
+    count = 0
+
+    def swapped(layer: nn.Module) -> nn.Module | None:
+        nonlocal count
+        if isinstance(layer, PerturbedLinear) or not _is_linear(layer):
+            return None
+        count += 1
+        weight, bias = layer.weight().detach(), layer.bias  # type: ignore[operator]
+        new = P4InvTransform(len(weight), init=weight, bias=bias is not None, **options)
+        if isinstance(bias, Tensor) and new.bias is not None:
+            with torch.no_grad():
+                new.bias.copy_(bias)
+        return new.train(layer.training)
+
+    result = _replaced(module, swapped)
+    if count == 0:
+        raise ValueError(
+            "module must have a linear layer with weight(), weight_inverse() and bias, as nflows' "
+            f"LULinear; there is none in {type(module).__name__}"
+        )
+    return result
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    methods = (getattr(layer, name, None) for name in ("weight", "weight_inverse", "logabsdet"))
+    return all(map(callable, methods)) and hasattr(layer, "bias")
+
+
+def _replaced(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """The module with what `replace` makes of its parts; what occurs twice is made once."""
+    made: dict[nn.Module, nn.Module] = {}
+
+    def visit(parent: nn.Module) -> nn.Module:
+        if parent not in made:
+            new = replace(parent)
+            made[parent] = parent if new is None else new
+            if new is None:
+                for name, child in parent._modules.items():
+                    if child is not None:
+                        parent._modules[name] = visit(child)
+        return made[parent]
+
+    return visit(module)
+
+
+@torch.no_grad()
+def _plain_layer(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, BentStack):
+        return _replaced(layer.to_composite().train(layer.training), _plain_layer)
+    if not isinstance(layer, PerturbedLinear):
+        return None
+    # nflows' `NaiveLinear` has no inverse in today's torch, and its `LULinear` neither pivots nor
+    # changes signs: A = P S L U with U of positive diagonal, in float64.
+    permutation, lower, upper = torch.linalg.lu(layer.weight().double())
+    sign = upper.diagonal().sign()
+    lower, upper = sign[:, None] * lower * sign, sign[:, None] * upper
+    triangular = LULinear(layer.features, layer.using_cache, eps=0.0).double()
+    triangular.lower_entries.copy_(lower[triangular.lower_indices])
+    triangular.upper_entries.copy_(upper[triangular.upper_indices])
+    diagonal = upper.diagonal()
+    # The inverse of softplus.
+    triangular.unconstrained_upper_diag.copy_(diagonal + torch.log(-torch.expm1(-diagonal)))
+    bias = torch.zeros_like(sign) if layer.bias is None else layer.bias.double()
+    composite = CompositeTransform(
+        [
+            triangular,
+            PointwiseAffineTransform(shift=permutation.mT @ bias, scale=sign),
+            Permutation(permutation.argmax(1)),
+        ]
+    )
+    return composite.to(layer.weight()).train(layer.training)
