@@ -97,7 +97,7 @@ def test_layers_that_join_the_optimizer_later():
 def test_an_optimizer_of_some_of_the_layers_is_refused_at_its_first_step():
     module = nn.ModuleList([P4InvTransform(3), P4InvTransform(3)])
     MergeHook(module)
-    message = r"does not hold the parameters 1\.matrix\.u, 1\.matrix\.v: .* for the layers of each"
+    message = r"does not hold the parameters 1\.matrix\.u: .* for the layers of each"
     optimizer = sgd(module[0])
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
@@ -315,7 +315,7 @@ def heard(action):
 
 @pytest.mark.usefixtures("soon")
 def test_layers_that_nothing_merges_are_reported_once():
-    module = nn.ModuleList([P4InvTransform(3), P4InvTransform(3, rank=2)])
+    module = nn.ModuleList([P4InvTransform(3, rank=1), P4InvTransform(3, rank=2)])
     optimizer = sgd(module)
     assert heard(lambda: train(module, optimizer, 9)) == []
     messages = heard(lambda: train(module, optimizer, 91))

@@ -431,11 +431,17 @@ class PerturbedMatrix(nn.Module, abc.ABC):
                 f"{version}, newer than {self._version}: update p4flows to load it"
             )
         repaired = self._belonging(state_dict, prefix)
-        super()._load_from_state_dict({**state_dict, **repaired}, prefix, local_metadata, *args)
+        saved = {prefix + n: value for n, value in repaired.items() if prefix + n in state_dict}
+        super()._load_from_state_dict({**state_dict, **saved}, prefix, local_metadata, *args)
+        # What was not saved is not loaded, and would stay that of the matrix before.
+        with torch.no_grad():
+            for name, value in repaired.items():
+                if prefix + name not in state_dict:
+                    getattr(self, name).copy_(value)
 
     @torch.no_grad()
     def _belonging(self, state_dict: dict[str, Any], prefix: str) -> State:
-        """What of a state to be loaded does not belong to its A, computed anew; by full name."""
+        """What of a state to be loaded does not belong to its A, computed anew; by name."""
         names = [
             name for name in self._buffers if isinstance(state_dict.get(prefix + name), Tensor)
         ]
@@ -469,4 +475,4 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             "belong to it and was computed anew",
             stacklevel=2,
         )
-        return {prefix + name: value for name, value in fresh.items() if name in found}
+        return fresh
