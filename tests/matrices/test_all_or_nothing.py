@@ -1,15 +1,12 @@
 """A merge, a correction or a loaded state happens as a whole, or not at all."""
 
 import copy
-import signal
-import time
 
 import pytest
 import torch
 from torch import nn
 
 from matrices.perturbing import KINDS, perturb
-from p4flows import MergeHook, P4InvTransform
 from p4flows.matrices import InvertibleMatrix, OrthogonalMatrix
 from p4flows.matrices.merge import merge_together, read_state
 
@@ -110,42 +107,6 @@ def test_a_correction_or_a_reset_that_is_interrupted_changes_nothing(kind):
             else:
                 pytest.fail("no operation after the write was interrupted")
         assert operations > 5
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="has no timer signals")
-def test_signals_in_the_middle_of_training_leave_what_belongs_together():
-    """As Ctrl-C does: an exception between any two bytecodes of a merge of many layers."""
-    layers = nn.Sequential(*(P4InvTransform(SIZE) for _ in range(20)))
-    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
-    hook = MergeHook(layers, optimizer, every=1, correct_every=3)
-
-    def interrupt(number, frame):
-        raise Interrupted
-
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    generator = torch.Generator().manual_seed(0)
-    interrupted = 0
-    try:
-        deadline = time.monotonic() + 2.0
-        while time.monotonic() < deadline:
-            for layer in layers:
-                perturb(layer.matrix, generator, scale=0.01)
-            read = [layer.matrix.dense().detach() for layer in layers]
-            try:
-                delay = 1e-4 + 5e-3 * torch.rand((), generator=generator).item()
-                signal.setitimer(signal.ITIMER_REAL, delay)
-                hook._merge(force=False, correct=False)
-                signal.setitimer(signal.ITIMER_REAL, 0.0)
-            except Interrupted:
-                interrupted += 1
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
-            for layer, dense in zip(layers, read, strict=True):
-                torch.testing.assert_close(layer.matrix.dense(), dense, rtol=1e-5, atol=1e-6)
-                assert layer.matrix.error().ratio <= 30
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, handler)
-    assert interrupted > 5
 
 
 @pytest.mark.parametrize(
