@@ -18,6 +18,13 @@ MATRICES = {
 each_kind = pytest.mark.parametrize("kind", MATRICES)
 
 
+@pytest.fixture(autouse=True)
+def gradients_again():
+    """An interrupt on the way out of `torch.no_grad` leaves gradients off."""
+    yield
+    torch.set_grad_enabled(True)
+
+
 def group(kind, count):
     generator = torch.Generator().manual_seed(0)
     matrices = [MATRICES[kind]() for _ in range(count)]
