@@ -185,12 +185,12 @@ def memory(merges: int) -> Iterator[Row | None]:
     yield Row("memory in merges, MiB", merges, (resident() - before) / 2**20, 4.0)
 
 
-def checks(quick: bool) -> list[Iterator[Row | None]]:
+def checks(quick: bool, merges: int) -> list[Iterator[Row | None]]:
     few = 1 if quick else 10
     found = [
         corrections(quick),
-        drift(2, 6_000 if quick else 1_000_000, 20 if quick else 1000),
-        drift(64, 1_500 if quick else 1_000_000, 5 if quick else 100),
+        drift(2, 6_000 if quick else merges, 20 if quick else 1000),
+        drift(64, 1_500 if quick else merges, 5 if quick else 100),
         adversarial(2_000 if quick else 20_000),
         interrupted_merges(20 * few),
         faults_of_fit(),
@@ -209,12 +209,13 @@ def checks(quick: bool) -> list[Iterator[Row | None]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a slice of seconds")
+    parser.add_argument("--merges", type=int, default=1_000_000, help="at n = 2 and at 64")
     parser.add_argument("--json", type=Path, help="file that takes the numbers as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     begin, rows = time.perf_counter(), []
-    for check in tqdm(checks(arguments.quick), unit="check"):
+    for check in tqdm(checks(arguments.quick, arguments.merges), unit="check"):
         for result in tqdm(check, desc=check.__name__, unit="case", leave=False):
             if result is not None:
                 rows.append(Row(*result))

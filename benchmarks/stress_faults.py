@@ -28,7 +28,6 @@ def interrupted_merges(interrupts: int) -> Iterator[Result | None]:
     """SIGALRM at any moment of a merge of many layers."""
     layers = nn.Sequential(*(P4InvTransform(6, rank=2) for _ in range(20)))
     hook = MergeHook(layers, torch.optim.SGD(layers.parameters(), lr=0.1), every=1)
-    optimizer = hook._optimizer()
 
     def interrupt(number: int, frame: Any) -> None:
         raise Interrupted
@@ -45,7 +44,7 @@ def interrupted_merges(interrupts: int) -> Iterator[Result | None]:
             try:
                 delay = 1e-4 + 8e-3 * torch.rand((), generator=generator).item()
                 signal.setitimer(signal.ITIMER_REAL, delay)
-                hook._merge(optimizer)
+                hook.merge()
                 signal.setitimer(signal.ITIMER_REAL, 0.0)
             except Interrupted:
                 count += 1

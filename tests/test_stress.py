@@ -35,7 +35,7 @@ def test_nothing_fails(stress, name):
 
 
 def test_the_table_and_the_exit_status(stress, monkeypatch, capsys, tmp_path):
-    def checks(quick):
+    def checks(quick, merges):
         def check():
             yield None
             yield stress.Row("a fault", 3, 2.0, 1.0)
