@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test lint types bench clean
+.PHONY: help demo ala2 test lint types bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ types: .venv/.installed  ## mypy on the package
 
 bench: .venv/.installed  ## speed and memory of the layers
 	$(BIN)/python benchmarks/layers.py
+
+stress: .venv/.installed  ## try for ten minutes what may go wrong with the numbers
+	$(BIN)/python benchmarks/stress.py
 
 clean:  ## remove .venv, caches and builds; results/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -101,6 +101,20 @@ def test_an_inverse_that_is_off_is_corrected_at_the_next_merge():
     assert rescued == [(0, 0), (1, 0), (1, 0), (2, 1), (2, 1), (3, 2)]
 
 
+def test_the_user_is_told_once_what_the_dtype_cannot_carry():
+    ill = torch.diag(torch.tensor([1.0, 1.0, 3e-7]))
+    layers = torch.nn.Sequential(P4InvTransform(3), P4InvTransform(3, init=ill))
+    optimizer = torch.optim.SGD(layers.parameters(), lr=1e-3)
+    hook = MergeHook(layers, optimizer)
+    with pytest.warns(UserWarning, match=r"^1\.matrix: condition numbers up to 3e\+06, of which"):
+        hook.merge()
+    # Warnings are errors here: it is not said again, nor of a wider dtype.
+    hook.merge()
+    hook.remove()
+    layers.double()
+    MergeHook(layers, torch.optim.SGD(layers.parameters(), lr=1e-3)).merge()
+
+
 def test_none_is_never():
     layer = P4InvTransform(3, bounds=NEVER)
     optimizer, hook = hooked(layer, every=1, force_every=None, correct_every=None)

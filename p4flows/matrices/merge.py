@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 # A stored inverse whose probe is beyond this multiple of n·eps·‖A‖₁‖A⁻¹‖₁ is computed anew. A probe
 # may be short of LAPACK's ratio, whose tests pass below 30.
-PROBE_TOLERANCE = 8.0
+PROBE_TOLERANCE = 1.0
 
 
 class MergeOutcome(NamedTuple):
