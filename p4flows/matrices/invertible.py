@@ -17,7 +17,7 @@ from p4flows.linalg import (
 )
 from p4flows.matrices.additive import Additive
 from p4flows.matrices.bounds import MergeBounds
-from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
+from p4flows.matrices.merge import Merged, State, probe, probe_tolerance
 from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix
 from p4flows.matrices.precision import on_rows, without_autocast
@@ -258,7 +258,7 @@ class InvertibleMatrix(PerturbedMatrix):
         off, condition = probe(new["frozen"], new["inverse_frozen"], state["seed"], state["draws"])
         eps = torch.finfo(a.dtype).eps
         # Written so that NaN is doubtful.
-        passed = off <= PROBE_TOLERANCE * self.size * eps * condition
+        passed = off <= probe_tolerance(self.size) * self.size * eps * condition
         doubtful = tried & ~(passed & (condition < 1.0 / eps))
         corrected = rescued = torch.zeros_like(tried)
         if bool(doubtful.any()):

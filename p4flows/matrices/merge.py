@@ -5,6 +5,7 @@ several matrices merge together. Nothing is written before all is known, and the
 call, between whose writes no interrupt, signal handler or exception of Python can come.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,9 +21,25 @@ if TYPE_CHECKING:
 
 State = dict[str, Tensor]
 
-# A stored inverse whose probe is beyond this multiple of n·eps·‖A‖₁‖A⁻¹‖₁ is computed anew. A probe
-# may be short of LAPACK's ratio, whose tests pass below 30.
-PROBE_TOLERANCE = 1.0
+
+def probe_tolerance(size: int) -> float:
+    """The multiple of n·eps·‖A‖₁‖A⁻¹‖₁ beyond which a probed inverse is computed anew.
+
+    n signs add up the errors of a row by √n: so much is a LAPACK ratio of one when the errors of all
+    columns are alike. Where one column has them all the probe is the ratio itself, hence the 16:
+    LAPACK's own tests pass below 30.
+
+    Args:
+        size: n.
+
+    Returns:
+        √n, at most 16.
+
+    Example:
+        >>> probe_tolerance(64)
+        8.0
+    """
+    return min(math.sqrt(size), 16.0)
 
 
 class MergeOutcome(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from p4flows.linalg import add_product, compact_wy, multiply_transposed, newton_schulz, residual
-from p4flows.matrices.merge import PROBE_TOLERANCE, Merged, State, probe
+from p4flows.matrices.merge import Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
 from p4flows.matrices.precision import on_rows, without_autocast
 
@@ -161,8 +161,9 @@ class OrthogonalMatrix(PerturbedMatrix):
         new = add_product(frozen, left, right, alpha=-1.0)
         off, condition = probe(new, new.mT, state["seed"], state["draws"])
         rounding = self.size * torch.finfo(frozen.dtype).eps * condition
-        # Written so that NaN is off.
-        corrected = merged & ~(off <= PROBE_TOLERANCE * rounding)
+        # Written so that NaN is off. Without the tolerance of other matrices: ‖A‖₁·‖Aᵀ‖₁ grows with
+        # n by itself, where the true condition is one.
+        corrected = merged & ~(off <= rounding)
         forced, rescued = torch.zeros_like(merged), torch.zeros_like(merged)
         if bool(corrected.any()):
             fresh, rescued[corrected] = self._corrected({"frozen": new[corrected]})
