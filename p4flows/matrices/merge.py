@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 def probe_tolerance(size: int) -> float:
     """The multiple of n·eps·‖A‖₁‖A⁻¹‖₁ beyond which a probed inverse is computed anew.
 
-    n signs add up the errors of a row by √n: so much is a LAPACK ratio of one when the errors of all
+    n signs add up the errors of a row by √n: that is a LAPACK ratio of one when the errors of all
     columns are alike. Where one column has them all the probe is the ratio itself, hence the 16:
     LAPACK's own tests pass below 30.
 
