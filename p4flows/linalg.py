@@ -26,9 +26,26 @@ def capacitance(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         True
     """
     w = inverse @ u
-    k = u.shape[-1]
-    identity = 1.0 if k == 1 else torch.eye(k, dtype=u.dtype, device=u.device)
-    return w, v.mT @ w + identity
+    return w, identity_plus(v, w)
+
+
+def identity_plus(left: Tensor, right: Tensor) -> Tensor:
+    """`I + leftᵀ·right` for factors of few columns.
+
+    Args:
+        left: shape `(*batch, n, k)`.
+        right: same shape.
+
+    Returns:
+        Tensor of shape `(*batch, k, k)`.
+
+    Example:
+        >>> identity_plus(torch.ones(2, 1), torch.ones(2, 1)).item()
+        3.0
+    """
+    k = right.shape[-1]
+    identity = 1.0 if k == 1 else torch.eye(k, dtype=right.dtype, device=right.device)
+    return left.mT @ right + identity
 
 
 def multiply_transposed(matrix: Tensor, factor: Tensor) -> Tensor:

@@ -22,73 +22,12 @@ from p4flows.linalg import (
     inverse_small,
     multiply_transposed,
 )
-from p4flows.matrices.perturbation import Perturbation, for_each_row, logabsdet_perturbed
-
-Gradients = tuple[Tensor | None, ...]
-
-
-class Additive(Perturbation):
-    """R_{u,v}(A) = A + u vᵀ (equation 5): reaches all of GL(n), through det A = 0 as well."""
-
-    name = "additive"
-    layout_version = 1
-    trains_v = True
-    first_draw = "normal"
-
-    def scale(self, size: int) -> float:
-        """One: E[v vᵀ] = I."""
-        return 1.0
-
-    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
-        """V."""
-        return v
-
-    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """G = I + vᵀA⁻¹u."""
-        return capacitance(inverse, u, v)[1]
-
-    def inverse_factors(self, inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """A⁻¹u and A⁻ᵀv."""
-        return inverse @ u, multiply_transposed(inverse, v)
-
-    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        """A x + u (vᵀx) + b."""
-        if a.dim() == 2:
-            return torch.addmm(F.linear(x, a, bias), x @ v, u.mT)
-        y = x @ a.mT
-        y = y if bias is None else y + bias.unsqueeze(-2)
-        return y + (x @ v) @ u.mT
-
-    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
-        """A⁻¹y − A⁻¹u G⁻¹ vᵀA⁻¹y."""
-        w, g = capacitance(inverse, u, v)
-        x = y @ inverse.mT
-        return x - (x @ v) @ (w @ inverse_small(g)).mT
-
-    def multiply_and_logabsdet(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        frozen: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`Multiply`."""
-        return Multiply.apply(x, bias, u, v, frozen, inverse, *logabsdet)  # type: ignore[no-untyped-call]
-
-    def solve_and_logabsdet(
-        self,
-        y: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`Solve`."""
-        return Solve.apply(y, bias, u, v, inverse, *logabsdet)  # type: ignore[no-untyped-call]
+from p4flows.matrices.perturbation import (
+    Gradients,
+    Perturbation,
+    for_each_row,
+    logabsdet_perturbed,
+)
 
 
 class Multiply(torch.autograd.Function):
@@ -177,3 +116,47 @@ def _differentiable(inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tens
     """A⁻¹u and G⁻¹ as functions of u and v, for a second derivative (create_graph=True)."""
     w, g = capacitance(inverse, u, v)
     return w, inverse_small(g)
+
+
+class Additive(Perturbation):
+    """R_{u,v}(A) = A + u vᵀ (equation 5): reaches all of GL(n), through det A = 0 as well."""
+
+    name = "additive"
+    layout_version = 1
+    trains_v = True
+    first_draw = "normal"
+    multiply_rows = Multiply
+    solve_rows = Solve
+
+    def scale(self, size: int) -> float:
+        """One: E[v vᵀ] = I."""
+        return 1.0
+
+    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
+        """V."""
+        return v
+
+    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """G = I + vᵀA⁻¹u."""
+        return capacitance(inverse, u, v)[1]
+
+    def inverse_factors(
+        self, inverse: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A⁻¹u, A⁻ᵀv and G."""
+        w, g = capacitance(inverse, u, v)
+        return w, multiply_transposed(inverse, v), g
+
+    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        """A x + u (vᵀx) + b."""
+        if a.dim() == 2:
+            return torch.addmm(F.linear(x, a, bias), x @ v, u.mT)
+        y = x @ a.mT
+        y = y if bias is None else y + bias.unsqueeze(-2)
+        return y + (x @ v) @ u.mT
+
+    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
+        """A⁻¹y − A⁻¹u G⁻¹ vᵀA⁻¹y."""
+        w, g = capacitance(inverse, u, v)
+        x = y @ inverse.mT
+        return x - (x @ v) @ (w @ inverse_small(g)).mT

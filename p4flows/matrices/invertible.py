@@ -178,7 +178,7 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
         if self._is_plain(x):
             return super().multiply_and_logabsdet(x, bias)
-        return self._kind.multiply_and_logabsdet(
+        return self._kind.multiply_rows.apply(
             x, bias, *self.factors(), self.frozen, *self._inverse_and_logabsdet()
         )
 
@@ -187,9 +187,7 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
         if self._is_plain(y):
             return super().solve_and_logabsdet(y, bias)
-        return self._kind.solve_and_logabsdet(
-            y, bias, *self.factors(), *self._inverse_and_logabsdet()
-        )
+        return self._kind.solve_rows.apply(y, bias, *self.factors(), *self._inverse_and_logabsdet())
 
     def _is_plain(self, rows: Tensor) -> bool:
         """Whether the hand-written gradients, of rows of a single matrix, do not apply."""
@@ -211,8 +209,8 @@ class InvertibleMatrix(PerturbedMatrix):
     @without_autocast
     def inverse_factors(self) -> tuple[Tensor, Tensor]:
         """W and Z with Ã⁻¹ = A⁻¹ − W Zᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
-        w, z = self._kind.inverse_factors(self.inverse_frozen, *self.factors())
-        return w @ inverse_small(self.capacitance()), z
+        w, z, g = self._kind.inverse_factors(self.inverse_frozen, *self.factors())
+        return w @ inverse_small(g), z
 
     @without_autocast
     def dense(self) -> Tensor:
@@ -241,8 +239,8 @@ class InvertibleMatrix(PerturbedMatrix):
         """Algorithm 2, followed by a probe of what it leaves."""
         a, x = state["frozen"], state["inverse_frozen"]
         u, v = state["u"].to(a.dtype), state["v"].to(a.dtype)
-        g, right = self._kind.capacitance(x, u, v), self._kind.right_factor(a, v)
-        w, z = self._kind.inverse_factors(x, u, v)
+        right = self._kind.right_factor(a, v)
+        w, z, g = self._kind.inverse_factors(x, u, v)
         w = w @ inverse_small(g)
         sign, update = slogdet_small(g)
         sane = self.bounds.accept(log_singular_values(g), state["logabsdet_frozen"] + update)

@@ -8,6 +8,8 @@ from torch import Tensor
 from p4flows.draws import Draw
 from p4flows.matrices.precision import is_autocast
 
+Gradients = tuple[Tensor | None, ...]
+
 
 class Perturbation(abc.ABC):
     """A rank-k perturbation R_{u,v}(A) whose determinant and inverse cost O(n²k).
@@ -24,12 +26,19 @@ class Perturbation(abc.ABC):
         layout_version: what tells states of the kinds apart in a `state_dict`.
         trains_v: whether v is trained from the start, or only redrawn.
         first_draw: how v is drawn at first and after a reset.
+        multiply_rows: function of (x, b, u, v, A, A⁻¹, ln|det A|, what rounding cut off of it) that
+            returns Ã x + b and ln|det Ã| of each row of a single matrix, with hand-written
+            gradients.
+        solve_rows: function of (y, b, u, v, A⁻¹, ln|det A|, what rounding cut off of it) that
+            returns Ã⁻¹ (y − b) and −ln|det Ã| of each row, likewise.
     """
 
     name: str
     layout_version: int
     trains_v: bool
     first_draw: Draw
+    multiply_rows: type[torch.autograd.Function]
+    solve_rows: type[torch.autograd.Function]
 
     @abc.abstractmethod
     def scale(self, size: int) -> float:
@@ -44,8 +53,10 @@ class Perturbation(abc.ABC):
         """G, shape `(*batch, k, k)`."""
 
     @abc.abstractmethod
-    def inverse_factors(self, inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """W and Z, shape `(*batch, n, k)`."""
+    def inverse_factors(
+        self, inverse: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """W and Z, shape `(*batch, n, k)`, and G, by the products that they share."""
 
     @abc.abstractmethod
     def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
@@ -54,31 +65,6 @@ class Perturbation(abc.ABC):
     @abc.abstractmethod
     def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
         """Ã⁻¹ y for rows y of shape `(*batch, N, n)`, in operations that autograd knows."""
-
-    @abc.abstractmethod
-    def multiply_and_logabsdet(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        frozen: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Ã x + b and ln|det Ã| of each row of a single matrix, with hand-written gradients."""
-
-    @abc.abstractmethod
-    def solve_and_logabsdet(
-        self,
-        y: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Ã⁻¹ (y − b) and −ln|det Ã| of each row, with hand-written gradients."""
 
 
 def needs_plain_operations(x: Tensor) -> bool:

@@ -18,13 +18,17 @@ from torch.nn import functional as F
 
 from p4flows.linalg import (
     by_columns,
+    identity_plus,
     inverse_and_logabsdet_small,
     inverse_small,
     multiply_transposed,
 )
-from p4flows.matrices.perturbation import Perturbation, for_each_row, logabsdet_perturbed
-
-Gradients = tuple[Tensor | None, ...]
+from p4flows.matrices.perturbation import (
+    Gradients,
+    Perturbation,
+    for_each_row,
+    logabsdet_perturbed,
+)
 
 # Adam moves every entry of u by its learning rate η at most, so that a step turns a matrix of n
 # dimensions by up to η·n·scale, whatever the rank. Rates that suit the layers around it (1e-3 to
@@ -32,78 +36,8 @@ Gradients = tuple[Tensor | None, ...]
 _UNSCALED_UP_TO = 48
 
 
-def gram(u: Tensor, v: Tensor) -> Tensor:
-    """G = I + vᵀu, shape `(*batch, k, k)`."""
-    k = u.shape[-1]
-    identity = 1.0 if k == 1 else torch.eye(k, dtype=u.dtype, device=u.device)
-    return v.mT @ u + identity
-
-
-class Relative(Perturbation):
-    """R_{u,v}(A) = (I + u vᵀ) A: learns faster and keeps the sign of the determinant's path.
-
-    det Ã = 0 is a barrier of the log-determinant at any scale of A: training does not cross it.
-    """
-
-    name = "relative"
-    layout_version = 2
-    trains_v = False
-    first_draw = "basis"
-
-    def scale(self, size: int) -> float:
-        """min(1, 48/n): one learning rate serves all sizes, and the layers around as well."""
-        return min(1.0, _UNSCALED_UP_TO / size)
-
-    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
-        """Aᵀv."""
-        return multiply_transposed(frozen, v)
-
-    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """G = I + vᵀu."""
-        return gram(u, v)
-
-    def inverse_factors(self, inverse: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """A⁻¹u and v."""
-        return inverse @ u, v
-
-    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        """z + u (vᵀz) + b with z = A x."""
-        z = x @ a.mT
-        y = z + (z @ v) @ u.mT
-        return y if bias is None else y + bias.unsqueeze(-2)
-
-    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
-        """A⁻¹(y − u G⁻¹ vᵀy)."""
-        return (y - (y @ v) @ (u @ inverse_small(gram(u, v))).mT) @ inverse.mT
-
-    def multiply_and_logabsdet(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        frozen: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`Multiply`."""
-        return Multiply.apply(x, bias, u, v, frozen, *logabsdet)  # type: ignore[no-untyped-call]
-
-    def solve_and_logabsdet(
-        self,
-        y: Tensor,
-        bias: Tensor | None,
-        u: Tensor,
-        v: Tensor,
-        inverse: Tensor,
-        *logabsdet: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """`Solve`."""
-        return Solve.apply(y, bias, u, v, inverse, *logabsdet)  # type: ignore[no-untyped-call]
-
-
 class Multiply(torch.autograd.Function):
-    """(I + u vᵀ) A x + b and ln|det Ã| of each row, from (x, b, u, v, A, ln|det A|, its carry)."""
+    """`multiply_rows`: (I + u vᵀ) A x + b and ln|det Ã| of each row; A⁻¹ is not read."""
 
     @staticmethod
     def forward(
@@ -113,10 +47,11 @@ class Multiply(torch.autograd.Function):
         u: Tensor,
         v: Tensor,
         frozen: Tensor,
+        inverse: Tensor,
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        g_inverse, update = inverse_and_logabsdet_small(gram(u, v))
+        g_inverse, update = inverse_and_logabsdet_small(identity_plus(v, u))
         z = F.linear(x, frozen)
         z_v = z @ by_columns(v)
         y = torch.addmm(z, z_v, by_columns(u).mT)
@@ -134,7 +69,7 @@ class Multiply(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Only with create_graph=True: as functions of x, u and v, for a second derivative.
             z = F.linear(x, frozen)
-            z_v, g_inverse = z @ v, inverse_small(gram(u, v))
+            z_v, g_inverse = z @ v, inverse_small(identity_plus(v, u))
         u, v = by_columns(u), by_columns(v)
         needs_x, needs_bias, _, needs_v = ctx.needs_input_grad[:4]
         grad_x = grad_v = None
@@ -147,7 +82,7 @@ class Multiply(torch.autograd.Function):
             grad_v = torch.addmm(multiply_transposed(z, grad_y_u), u, scaled)
         grad_u = torch.addmm(multiply_transposed(grad_y, z_v), v, scaled.mT)
         grad_bias = grad_y.sum(0) if needs_bias else None
-        return grad_x, grad_bias, grad_u, grad_v, None, None, None
+        return grad_x, grad_bias, grad_u, grad_v, None, None, None, None
 
 
 class Solve(torch.autograd.Function):
@@ -164,7 +99,7 @@ class Solve(torch.autograd.Function):
         *logabsdet: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Rows and log-determinants, shapes (N, n) and (N,)."""
-        g_inverse, update = inverse_and_logabsdet_small(gram(u, v))
+        g_inverse, update = inverse_and_logabsdet_small(identity_plus(v, u))
         centred = y if bias is None else y - bias
         # Of q = (I + u vᵀ)⁻¹ (y − b), vᵀq is all that the gradient of u asks for.
         q_v = (centred @ by_columns(v)) @ g_inverse.mT
@@ -178,7 +113,7 @@ class Solve(torch.autograd.Function):
         """∂y, ∂b, ∂u and ∂v, differentiable once more."""
         y, bias, u, v, inverse, q_v, q, g_inverse = ctx.saved_tensors
         if torch.is_grad_enabled():
-            g_inverse = inverse_small(gram(u, v))
+            g_inverse = inverse_small(identity_plus(v, u))
             centred = y if bias is None else y - bias
             q_v = (centred @ v) @ g_inverse.mT
             q = centred - q_v @ u.mT
@@ -193,3 +128,45 @@ class Solve(torch.autograd.Function):
             grad_v = -torch.addmm(multiply_transposed(q, grad_y @ u), u, scaled)
         grad_bias = -grad_y.sum(0) if ctx.needs_input_grad[1] else None
         return grad_y, grad_bias, grad_u, grad_v, None, None, None
+
+
+class Relative(Perturbation):
+    """R_{u,v}(A) = (I + u vᵀ) A: learns most in a second.
+
+    det Ã = 0 is a barrier of the log-determinant at any scale of A: training does not cross it.
+    """
+
+    name = "relative"
+    layout_version = 2
+    trains_v = False
+    first_draw = "basis"
+    multiply_rows = Multiply
+    solve_rows = Solve
+
+    def scale(self, size: int) -> float:
+        """min(1, 48/n): one learning rate serves all sizes, and the layers around as well."""
+        return min(1.0, _UNSCALED_UP_TO / size)
+
+    def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
+        """Aᵀv."""
+        return multiply_transposed(frozen, v)
+
+    def capacitance(self, inverse: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """G = I + vᵀu."""
+        return identity_plus(v, u)
+
+    def inverse_factors(
+        self, inverse: Tensor, u: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A⁻¹u, v and G."""
+        return inverse @ u, v, identity_plus(v, u)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, u: Tensor, v: Tensor, a: Tensor) -> Tensor:
+        """z + u (vᵀz) + b with z = A x."""
+        z = x @ a.mT
+        y = z + (z @ v) @ u.mT
+        return y if bias is None else y + bias.unsqueeze(-2)
+
+    def solve(self, y: Tensor, u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
+        """A⁻¹(y − u G⁻¹ vᵀy)."""
+        return (y - (y @ v) @ (u @ inverse_small(identity_plus(v, u))).mT) @ inverse.mT
