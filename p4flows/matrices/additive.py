@@ -125,8 +125,8 @@ class Additive(Perturbation):
     layout_version = 1
     trains_v = True
     first_draw = "normal"
-    multiply_rows = Multiply
-    solve_rows = Solve
+    multiply_rows = staticmethod(Multiply.apply)
+    solve_rows = staticmethod(Solve.apply)
 
     def scale(self, size: int) -> float:
         """One: E[v vᵀ] = I."""

@@ -178,7 +178,7 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
         if self._is_plain(x):
             return super().multiply_and_logabsdet(x, bias)
-        return self._kind.multiply_rows.apply(
+        return self._kind.multiply_rows(
             x, bias, *self.factors(), self.frozen, *self._inverse_and_logabsdet()
         )
 
@@ -187,7 +187,7 @@ class InvertibleMatrix(PerturbedMatrix):
         """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
         if self._is_plain(y):
             return super().solve_and_logabsdet(y, bias)
-        return self._kind.solve_rows.apply(y, bias, *self.factors(), *self._inverse_and_logabsdet())
+        return self._kind.solve_rows(y, bias, *self.factors(), *self._inverse_and_logabsdet())
 
     def _is_plain(self, rows: Tensor) -> bool:
         """Whether the hand-written gradients, of rows of a single matrix, do not apply."""

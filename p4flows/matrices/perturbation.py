@@ -1,6 +1,8 @@
 """What a perturbation R_{u,v} of an invertible matrix has to say of itself, and what all share."""
 
 import abc
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +39,8 @@ class Perturbation(abc.ABC):
     layout_version: int
     trains_v: bool
     first_draw: Draw
-    multiply_rows: type[torch.autograd.Function]
-    solve_rows: type[torch.autograd.Function]
+    multiply_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    solve_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
 
     @abc.abstractmethod
     def scale(self, size: int) -> float:
