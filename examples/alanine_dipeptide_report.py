@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from ramachandran import ramachandran
 from torch import Tensor
 
 NOISE = 0.004  # nm
@@ -83,13 +84,7 @@ def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
     axes[0].set_xticks(range(1, len(columns) + 1), names, fontsize=8)
     axes[0].set(ylabel="u / k$_B$T", ylim=window, title="energy; share below MD's highest")
     for axis, (title, torsions) in zip(axes[1:], maps.items(), strict=True):
-        extent = [[-180, 180], [-180, 180]]
-        counts, *_ = np.histogram2d(*torsions.T, bins=72, range=extent)
-        free_energy = -np.log(np.where(counts > 0, counts, np.nan) / counts.max())
-        axis.imshow(
-            free_energy.T, origin="lower", extent=[-180, 180, -180, 180], cmap="viridis_r", vmax=7
-        )
-        axis.set(title=title, xlabel="φ", xticks=[-180, -90, 0, 90, 180], yticks=[-180, 0, 180])
+        ramachandran(axis, torsions, title)
     axes[1].set_ylabel("ψ")
     return drawn
 

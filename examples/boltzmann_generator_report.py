@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from nflows.flows.base import Flow
+from ramachandran import ramachandran
 from torch import Tensor
 
-from p4flows import InvertibleMatrix
+from p4flows import diagnose
 from p4flows.molecules import (
     OpenMMEnergy,
     WeightedSamples,
@@ -76,15 +77,7 @@ def merits(
         torch.zeros(len(label)), label == 0, label == 1
     )
     numbers["inverse_error"] = max(
-        (
-            (module.dense().double() @ module.inverse().double() - torch.eye(module.size))
-            .abs()
-            .max()
-            .item()
-            for module in flow.modules()
-            if isinstance(module, InvertibleMatrix)
-        ),
-        default=None,
+        (row.error.right.item() for row in diagnose(flow, show=False)), default=None
     )
     if math.isclose(energy.temperature, problem.temperature):
         numbers |= _against_simulation(problem, flow, drawn, torsions, energy, generator)
@@ -183,13 +176,7 @@ def figure(problem: Any, drawn: WeightedSamples, record: dict[str, Any]) -> Any:
     axes[0].legend(fontsize=7)
     maps = ((title, expected, None), ("flow", torsions, None), ("reweighted", torsions, weights))
     for axis, (name, angles, shares) in zip(axes[1:], maps, strict=True):
-        extent = [[-180, 180], [-180, 180]]
-        counts, *_ = np.histogram2d(*np.degrees(angles).T, bins=72, range=extent, weights=shares)
-        free_energy = -np.log(np.where(counts > 0, counts, np.nan) / counts.max())
-        axis.imshow(
-            free_energy.T, origin="lower", extent=[-180, 180, -180, 180], cmap="viridis_r", vmax=7
-        )
-        axis.set(title=name, xlabel="φ", xticks=[-180, -90, 0, 90, 180], yticks=[-180, 0, 180])
+        ramachandran(axis, np.degrees(angles), name, shares)
     axes[1].set_ylabel("ψ")
     return drawn_figure
 

@@ -28,6 +28,25 @@ def check_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive int, got {value}")
 
 
+def check_module(module: object) -> None:
+    """Refuse what is not an nn.Module.
+
+    Args:
+        module: what came.
+
+    Raises:
+        TypeError: when it is not an nn.Module.
+
+    Example:
+        >>> check_module([torch.nn.Linear(2, 2)])
+        Traceback (most recent call last):
+        ...
+        TypeError: module must be an nn.Module, got list
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+
+
 def check_floating(inputs: torch.Tensor) -> None:
     """Refuse what is not a floating-point tensor with a batch dimension.
 

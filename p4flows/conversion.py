@@ -12,6 +12,7 @@ from nflows.transforms.standard import PointwiseAffineTransform
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
+from p4flows.arguments import check_module
 from p4flows.matrices import PerturbedMatrix
 from p4flows.transforms import BentStack, P4InvTransform
 from p4flows.transforms.linear import PerturbedLinear
@@ -42,7 +43,7 @@ def plain(module: nn.Module) -> nn.Module:
         >>> torch.allclose(plain(layer)(x)[0], layer(x)[0])
         True
     """
-    _check_module(module)
+    check_module(module)
     duplicate = copy.deepcopy(module)
     for child in list(duplicate.modules()):
         for name in list(getattr(child, "parametrizations", ())):
@@ -81,7 +82,7 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
         >>> [type(layer).__name__ for layer in swap_linear(composite)._transforms]
         ['P4InvTransform', 'P4InvTransform']
     """
-    _check_module(module)
+    check_module(module)
     count = 0
 
     def swapped(layer: nn.Module) -> nn.Module | None:
@@ -103,11 +104,6 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
             f"LULinear; there is none in {type(module).__name__}"
         )
     return result
-
-
-def _check_module(module: object) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from p4flows.arguments import check_module
 from p4flows.matrices import MatrixError, PerturbedMatrix
 from p4flows.matrices.error import CONDITION_EPS
 
@@ -53,8 +54,7 @@ def diagnose(module: nn.Module, *, show: bool = True) -> list[LayerDiagnosis]:
         >>> rows[0].error.condition.item()
         1.0
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    check_module(module)
     rows = [
         _examine(name or type(found).__name__, found)
         for name, found in module.named_modules()

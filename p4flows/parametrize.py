@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
+from p4flows.arguments import check_module
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix
 from p4flows.matrices.orthogonal import nearest_orthogonal
 
@@ -101,8 +102,7 @@ def invertible(
 
 def _square_weight(module: nn.Module, name: str) -> Tensor:
     """The weight to be parametrized, checked."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    check_module(module)
     if is_parametrized(module, name):
         raise ValueError(f"{name} must be a plain weight, got one with a parametrization")
     weight = getattr(module, name, None)
