@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test lint types bench stress clean
+.PHONY: help demo ala2 test lint types docs bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
 	$(BIN)/python examples/boltzmann_generator.py --preset quick
 
-test: lint types  ## lint, type check, doctests and tests
+test: lint types docs  ## lint, type check, site, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.installed  ## ruff: rules and format
@@ -22,6 +22,9 @@ lint: .venv/.installed  ## ruff: rules and format
 
 types: .venv/.installed  ## mypy on the package
 	$(BIN)/mypy p4flows
+
+docs: .venv/.installed  ## the site, in docs/_build; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
 
 bench: .venv/.installed  ## speed and memory of the layers
 	$(BIN)/python benchmarks/layers.py
@@ -35,5 +38,5 @@ clean:  ## remove .venv, caches and builds; results/ stays
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,examples,molecules]" -c constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,docs,examples,molecules]" -c constraints.txt
 	@touch $@

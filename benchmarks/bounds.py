@@ -1,4 +1,4 @@
-"""What one merge costs the stored inverse, by ln|det G|: the table of docs/bounds.md."""
+"""What one merge costs the stored inverse, by ln|det G|: the table of docs/results/bounds.md."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What repairs a stored inverse best, by condition number: the table of docs/correction.md."""
+"""What repairs a stored inverse best, by condition: the table of docs/results/correction.md."""
 
 import argparse
 import json

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nflows.transforms.base import CompositeTransform
+from nflows.transforms.base import CompositeTransform, Transform
 from nflows.transforms.lu import LULinear
+from nflows.transforms.orthogonal import HouseholderSequence
 from nflows.transforms.permutations import Permutation
-from nflows.transforms.standard import PointwiseAffineTransform
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
@@ -22,9 +22,10 @@ def plain(module: nn.Module) -> nn.Module:
     """A copy whose P4 layers are ordinary linear layers of the same function.
 
     For averaging of weights, export, and readers without p4flows. P4InvTransform and
-    P4OrthogonalTransform become nflows' `LULinear`, signs and `Permutation`, a `BentStack` becomes
-    its single layers, and weights parametrized by `invertible` or `orthogonal` ordinary ones. Other
-    layers of this package (`BentIdentity`, `AffineCoupling`) have nothing to convert and stay.
+    P4OrthogonalTransform become nflows' `LULinear`, reflections (one for each negative sign, O(nN)
+    each) and `Permutation`, a `BentStack` becomes its single layers, and weights parametrized by
+    `invertible` or `orthogonal` ordinary ones. Other layers of this package (`BentIdentity`,
+    `AffineCoupling`) have nothing to convert and stay.
 
     Args:
         module: any; it does not change.
@@ -38,7 +39,7 @@ def plain(module: nn.Module) -> nn.Module:
     Example:
         >>> layer = P4InvTransform(3, init="reverse")
         >>> [type(part).__name__ for part in plain(layer)._transforms]
-        ['LULinear', 'PointwiseAffineTransform', 'Permutation']
+        ['LULinear', 'Permutation']
         >>> x = torch.randn(5, 3)
         >>> torch.allclose(plain(layer)(x)[0], layer(x)[0])
         True
@@ -145,12 +146,15 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
     diagonal = upper.diagonal()
     # The inverse of softplus.
     triangular.unconstrained_upper_diag.copy_(diagonal + torch.log(-torch.expm1(-diagonal)))
-    bias = torch.zeros_like(sign) if layer.bias is None else layer.bias.double()
-    composite = CompositeTransform(
-        [
-            triangular,
-            PointwiseAffineTransform(shift=permutation.mT @ bias, scale=sign),
-            Permutation(permutation.argmax(1)),
-        ]
-    )
-    return composite.to(layer.weight()).train(layer.training)
+    if layer.bias is not None:
+        triangular.bias.copy_(sign * (permutation.mT @ layer.bias.double()))
+    else:
+        triangular.bias.zero_()
+    parts: list[Transform] = [triangular]
+    negative = (sign < 0).nonzero().squeeze(1)
+    if len(negative) > 0:
+        flips = HouseholderSequence(layer.features, len(negative))
+        flips.q_vectors.copy_(torch.eye(layer.features)[negative])
+        parts.append(flips)
+    parts.append(Permutation(permutation.argmax(1)))
+    return CompositeTransform(parts).to(layer.weight()).train(layer.training)

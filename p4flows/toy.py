@@ -8,7 +8,7 @@ the entropy H of a target a negative log-likelihood L in nats becomes KL(target 
 Densities are exact: in closed form (checkerboard, eight gaussians, circles, rings), as a sum over
 preimages (pinwheel), or as a quadrature along the curve that the noise blurs (moons, swiss roll,
 two spirals), whose error in the log-density is below 1e-11 in [−4, 4]² and 2e-7 in [−8, 8]². The
-pinwheel's is −inf for |x| > 8, where its probability is 1e-23.
+pinwheel's is −inf for `|x| > 8`, where its probability is 1e-23.
 """
 
 import functools

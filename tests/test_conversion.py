@@ -46,6 +46,8 @@ MODULES = {
     "linear": lambda: P4InvTransform(3, rank=2, init="reverse"),
     "without-bias": lambda: P4InvTransform(3, bias=False),
     "orthogonal": lambda: P4OrthogonalTransform(3),
+    "one-sign": lambda: P4InvTransform(3, init=torch.diag(torch.tensor([1.0, -2.0, 3.0]))),
+    "all-signs": lambda: P4InvTransform(3, init=-torch.eye(3)),
     "stack": lambda: BentStack(3, blocks=2),
     "composite": lambda: CompositeTransform([P4InvTransform(3), P4OrthogonalTransform(3)]),
 }

@@ -279,8 +279,8 @@ class InvertibleMatrix(PerturbedMatrix):
         """Compute inverse, sign and log-determinant of A anew, by LU in float64.
 
         What is stored is then right to rounding at any condition, on both sides. Iterating on
-        I − A·X costs as much and ends at eps·cond² on the other side (docs/correction.md). A matrix
-        whose inverse is not finite in its dtype keeps what it has.
+        I − A·X costs as much and ends at eps·cond² on the other side (docs/results/correction.md).
+        A matrix whose inverse is not finite in its dtype keeps what it has.
 
         Returns:
             Boolean tensor of shape `batch_shape`: inverses that had not one right digit left. Cost

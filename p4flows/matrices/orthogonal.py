@@ -17,11 +17,11 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     With H(a) = I − 2 a aᵀ/aᵀa,
 
-        Ã = Q A,  Q = Π_j H(v_j + |v_j|² u_j/4) H(v_j):
+        Ã = Q A,  Q = Π_j H(v_j + ‖v_j‖² u_j/4) H(v_j):
 
-    a pair turns the plane of u_j and v_j, by 2·atan(|u_j||v_j|/4) where u_j ⊥ v_j. It is the
+    a pair turns the plane of u_j and v_j, by 2·atan(‖u_j‖·‖v_j‖/4) where u_j ⊥ v_j. It is the
     identity at u = 0, and Q = I + Σ_j (u_j v_jᵀ − v_j u_jᵀ)/2 to first order. Due to the factor
-    |v_j|²/4, a step of gradient descent on u at rate η is, averaged over v, the step
+    ‖v_j‖²/4, a step of gradient descent on u at rate η is, averaged over v, the step
     Q = I − η·skew(∂J/∂A · Aᵀ) of Riemannian gradient descent on A.
 
     The inverse is the transpose, ln|det| is 0 and no perturbation changes the sign of the

@@ -40,7 +40,7 @@ class MixedCoordinateTransform(Transform):
 
     **The log-determinant.** Dropping rigid motions makes this a map between spaces of different
     dimension, whose volume is defined by the full map (features q, translation t, rotation
-    vector ω) → x = exp([ω]×) x(q) + t. `inverse` returns ln |det ∂x/∂(q, t, ω)| at t = ω = 0, and
+    vector ω) → x = exp([ω]×) x(q) + t. `inverse` returns `ln|det ∂x/∂(q, t, ω)|` at t = ω = 0, and
     `forward` the same with its sign changed. A density that does not depend on position and
     orientation, as exp(−u(x)), has therefore the density exp(−u(x(q)) + logabsdet) of q, up to
     normalisation: weights of a Boltzmann generator need no further correction.
