@@ -66,7 +66,7 @@ class InvertibleMatrix(PerturbedMatrix):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
-        init: "identity", "reverse" (ones on the antidiagonal) or a tensor of shape `(n, n)` or
+        init: "identity", "reverse" (antidiagonal ones) or a tensor of shape `(n, n)` or
             `(*batch_shape, n, n)`, which then gives dtype and device.
         bounds: when a merge is accepted.
         perturbation: "relative" or "additive" (the paper).

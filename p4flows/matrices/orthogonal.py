@@ -31,7 +31,7 @@ class OrthogonalMatrix(PerturbedMatrix):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of pairs, columns of u and v.
-        init: "identity", "reverse" (ones on the antidiagonal) or an orthogonal tensor of shape `(n, n)` or
+        init: "identity", "reverse" (antidiagonal ones) or an orthogonal tensor of shape `(n, n)` or
             `(*batch_shape, n, n)`, which then gives dtype and device. Rounding errors in it are
             corrected.
 

@@ -82,7 +82,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v, 1 ≤ k ≤ size.
-        init: the initial A: "identity", "reverse" (ones on the antidiagonal) or a tensor of shape `(n, n)`
+        init: the initial A: "identity", "reverse" (antidiagonal ones) or a tensor of shape `(n, n)`
             or `(*batch_shape, n, n)`, which then gives dtype and device.
 
     Attributes:
