@@ -174,7 +174,7 @@ class P4InvTransform(PerturbedLinear):
     Args:
         features: n.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
-        init: "identity", "reverse" (antidiagonal ones), a tensor of shape `(n, n)`, which then gives
+        init: "identity", "reverse" (antidiagonal ones), a tensor of shape `(n, n)`, which gives
             dtype and device, or another nflows `Linear`, whose weight and bias are taken over.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
