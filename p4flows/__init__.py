@@ -1,6 +1,7 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
 from p4flows.attaching import NotMergedWarning
+from p4flows.averaging import AveragedModel, ElementwiseAverageWarning
 from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
 from p4flows.conversion import plain, swap_linear
 from p4flows.diagnosis import diagnose
@@ -13,8 +14,10 @@ from p4flows.transforms import BentIdentity, BentStack, P4InvTransform, P4Orthog
 __version__ = "0.1.0"
 
 __all__ = [
+    "AveragedModel",
     "BentIdentity",
     "BentStack",
+    "ElementwiseAverageWarning",
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",

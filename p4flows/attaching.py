@@ -67,6 +67,18 @@ def driver_of(matrix: PerturbedMatrix) -> Driver | None:
     return _drivers.get(matrix)
 
 
+def is_stepped(matrix: PerturbedMatrix) -> bool:
+    """Whether a matrix has a driver, or its u and v an optimizer that has stepped.
+
+    Args:
+        matrix: any.
+    """
+    if driver_of(matrix) is not None:
+        return True
+    own = {id(parameter) for parameter in matrix.parameters()}
+    return any(not own.isdisjoint(held(optimizer)) for optimizer in _watches)
+
+
 def drive(driver: Driver, matrices: Iterable[PerturbedMatrix]) -> None:
     """Make a driver the only one of some matrices.
 
@@ -130,9 +142,9 @@ class _Watch:
         self.idle_steps = idle_steps
         if _steps_another(optimizer):
             return
-        held = _held(optimizer)
+        known = held(optimizer)
         for matrix in living_matrices():
-            if not any(id(parameter) in held for parameter in matrix.parameters()):
+            if not any(id(parameter) in known for parameter in matrix.parameters()):
                 continue
             driver = driver_of(matrix)
             if driver is None or not driver.follows(optimizer):
@@ -178,15 +190,16 @@ def _message(optimizer: Optimizer, matrices: list[PerturbedMatrix]) -> str:
 _watches: "weakref.WeakKeyDictionary[Optimizer, _Watch]" = weakref.WeakKeyDictionary()
 
 
-def _held(optimizer: Optimizer) -> set[int]:
+def held(optimizer: Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters."""
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _steps_another(optimizer: Optimizer) -> bool:
     """Whether its parameters are those of an optimizer inside of it, whose steps count instead."""
-    held = _held(optimizer)
+    own = held(optimizer)
     inner = [each for each in vars(optimizer).values() if isinstance(each, Optimizer)]
-    return any(held <= _held(each) for each in inner if each is not optimizer)
+    return any(own <= held(each) for each in inner if each is not optimizer)
 
 
 def _after_any_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Any) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from p4flows.arguments import check_positive_int
-from p4flows.attaching import drive, driver_of, release, unwrapped
+from p4flows.arguments import check_module, check_positive_int
+from p4flows.attaching import drive, driver_of, held, release, unwrapped
+from p4flows.averaging import AverageWatch
 from p4flows.draws import Draw
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
 from p4flows.matrices.error import CONDITION_EPS
@@ -29,7 +30,7 @@ from p4flows.optimizer_state import (
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).
 _STACK_UP_TO = 128
 
-COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
+_COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
 
 
 class MergeHook:
@@ -92,8 +93,7 @@ class MergeHook:
         restart: Literal["carry", "v"] = "carry",
         draw: Draw = "basis",
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+        check_module(module)
         inner = unwrapped(optimizer)
         if inner is not None and not isinstance(inner, Optimizer):
             raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
@@ -249,9 +249,10 @@ class MergeHook:
             weakref.WeakKeyDictionary()
         )
         self._is_loaded = False
+        self._averages = AverageWatch()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_references", "_bound", "_entries", "_is_loaded")
+        own = ("_references", "_bound", "_entries", "_is_loaded", "_averages")
         state = {name: value for name, value in vars(self).items() if name not in own}
         matrices = self._alive()
         driven = [name for name, matrix in matrices.items() if driver_of(matrix) is self]
@@ -327,6 +328,7 @@ class MergeHook:
             self._merges += 1
             force = self.force_every is not None and self._merges % self.force_every == 0
             correct = self.correct_every is not None and self._merges % self.correct_every == 0
+            self._averages.look(self._driven().values(), self.every)
             self._merge(force, correct)
         entry.write(optimizer, self.state_dict())
 
@@ -391,7 +393,7 @@ class MergeHook:
         return list(groups.values())
 
     def _count(self, numbers: dict[str, Tensor]) -> None:
-        counts = {name: int(number.sum()) for name, number in numbers.items() if name in COUNTED}
+        counts = {name: int(number.sum()) for name, number in numbers.items() if name in _COUNTED}
         for name, count in counts.items():
             setattr(self.stats, name, getattr(self.stats, name) + count)
         attempted = numbers["merged"].numel()
@@ -433,12 +435,12 @@ def _is_trained(matrix: PerturbedMatrix) -> bool:
 
 def _check_held(matrices: dict[str, PerturbedMatrix], optimizer: Optimizer) -> None:
     """An error when the optimizer lacks parameters of matrices that are to be trained."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = held(optimizer)
     missing = [
         f"{name}.{factor}"
         for name, matrix in matrices.items()
         for factor, parameter in matrix.named_parameters()
-        if parameter.requires_grad and id(parameter) not in held
+        if parameter.requires_grad and id(parameter) not in known
     ]
     if missing:
         raise ValueError(

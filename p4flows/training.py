@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
-from p4flows.attaching import driver_of
+from p4flows.attaching import driver_of, held
 from p4flows.checkpoints import previous_of, read_checkpoint, try_folder, write_checkpoint
 from p4flows.matrices import InvertibleMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
@@ -301,9 +301,9 @@ def _settings(flow: nn.Module, hook: MergeHook | None) -> dict[str, Any]:
 
 def _hook_of(flow: nn.Module, optimizer: Optimizer) -> MergeHook | None:
     """The hook that merges the flow's P4 layers in the steps of the optimizer, made if need be."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known = held(optimizer)
     for matrix in flow.modules():
-        if isinstance(matrix, PerturbedMatrix) and any(id(p) in held for p in matrix.parameters()):
+        if isinstance(matrix, PerturbedMatrix) and any(id(p) in known for p in matrix.parameters()):
             driver = driver_of(matrix)
             if isinstance(driver, MergeHook) and driver.follows(optimizer):
                 return driver

@@ -65,7 +65,7 @@ def test_an_optimizer_of_other_parameters_is_not_looked_at(monkeypatch):
     optimizer = sgd(other)
     train(other, optimizer, 1)
     # From here on a step costs one look-up, whatever is alive.
-    monkeypatch.setattr(p4flows.attaching, "_held", None)
+    monkeypatch.setattr(p4flows.attaching, "held", None)
     monkeypatch.setattr(p4flows.attaching, "living_matrices", None)
     train(other, optimizer, 3)
     assert (hook.stats.merged, layer.matrix.draws.item()) == (0, 1)
