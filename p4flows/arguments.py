@@ -1,12 +1,19 @@
 """Checks of arguments that many constructors share, with one wording."""
 
+import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 
 
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether it is an int, Python's or NumPy's; True and False are not."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Integral)
+
+
 def check_positive_int(name: str, value: object) -> None:
-    """Refuse what is not a positive int.
+    """Refuse what is not a positive int, Python's or NumPy's.
 
     Args:
         name: the argument's name, for the message.
@@ -22,7 +29,7 @@ def check_positive_int(name: str, value: object) -> None:
         ...
         ValueError: blocks must be a positive int, got 0
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_int(value):
         raise TypeError(f"{name} must be a positive int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be a positive int, got {value}")

@@ -22,9 +22,10 @@ _FORGOTTEN_AFTER = 1000
 class NotMergedWarning(UserWarning):
     """u and v of a P4 layer have been stepped for long and nothing merges them.
 
-    The layer then stays within rank k of the matrix it started from. A forgotten `MergeHook` is
-    one cause; a hook that is bound to an optimizer which has been replaced, copied or unpickled
-    since is another, and so are layers that joined the optimizer later.
+    A layer whose rank k is below n then stays within rank k of the matrix it started from. A
+    forgotten `MergeHook` is one cause; a hook that is bound to an optimizer which has been
+    replaced, copied or unpickled since is another, and so are layers that joined the optimizer
+    later.
 
     Example:
         >>> import warnings
@@ -178,11 +179,14 @@ def _message(optimizer: Optimizer, matrices: list[PerturbedMatrix]) -> str:
     why = "they have no MergeHook"
     if any(driver_of(matrix) is not None for matrix in matrices):
         why = "their MergeHook is bound to another optimizer"
+    low = [matrix.rank for matrix in matrices if matrix.rank < matrix.size]
+    lost = "the perturbation is never renewed, and grows"
+    if low:
+        lost = f"they stay within rank {max(low)} of where they were"
     layers = "1 P4 layer" if len(matrices) == 1 else f"{len(matrices)} P4 layers"
     return (
         f"{type(optimizer).__name__} has stepped u and v of {layers} for {_FORGOTTEN_AFTER} steps "
-        f"and nothing merges them ({why}): they stay within rank "
-        f"{max(matrix.rank for matrix in matrices)} of where they were. "
+        f"and nothing merges them ({why}): {lost}. "
         "MergeHook(module), without an optimizer, follows whichever one steps them"
     )
 

@@ -14,8 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 # The public names of the design.
 CONTRACT = {
+    "AveragedModel",
     "BentIdentity",
     "BentStack",
+    "ElementwiseAverageWarning",
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",

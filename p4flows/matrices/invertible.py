@@ -70,6 +70,8 @@ class InvertibleMatrix(PerturbedMatrix):
             `(*batch_shape, n, n)`, which then gives dtype and device.
         bounds: when a merge is accepted.
         perturbation: "relative" or "additive" (the paper).
+        device: where; by default that of init, or torch's default device.
+        dtype: by default that of init, or torch's default dtype.
 
     Attributes:
         perturbation: as given.
@@ -110,6 +112,8 @@ class InvertibleMatrix(PerturbedMatrix):
         init: str | Tensor = "identity",
         bounds: MergeBounds = MergeBounds(),
         perturbation: Literal["relative", "additive"] = "relative",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(bounds, MergeBounds):
             raise TypeError(f"bounds must be MergeBounds, got {type(bounds).__name__}")
@@ -117,7 +121,8 @@ class InvertibleMatrix(PerturbedMatrix):
             raise ValueError(f"perturbation must be 'relative' or 'additive', got {perturbation!r}")
         check_positive_int("size", size)
         self.perturbation = perturbation
-        super().__init__(size, batch_shape, default_rank(size) if rank is None else rank, init)
+        rank = default_rank(size) if rank is None else rank
+        super().__init__(size, batch_shape, rank, init, device, dtype)
         self.bounds = bounds
         self.v.requires_grad_(self._kind.trains_v)
         self._version = self._kind.layout_version

@@ -34,6 +34,8 @@ class OrthogonalMatrix(PerturbedMatrix):
         init: "identity", "reverse" (antidiagonal ones) or an orthogonal tensor of shape `(n, n)` or
             `(*batch_shape, n, n)`, which then gives dtype and device. Rounding errors in it are
             corrected.
+        device: where; by default that of init, or torch's default device.
+        dtype: by default that of init, or torch's default dtype.
 
     Attributes:
         frozen: buffer, A, shape `(*batch_shape, n, n)`.
@@ -64,8 +66,10 @@ class OrthogonalMatrix(PerturbedMatrix):
         batch_shape: tuple[int, ...] = (),
         rank: int = 1,
         init: str | Tensor = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(size, batch_shape, rank, init)
+        super().__init__(size, batch_shape, rank, init, device, dtype)
 
     @on_rows
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int
+from p4flows.arguments import check_positive_int, is_int
 from p4flows.draws import Draw, basis_columns, standard_normal
 from p4flows.matrices.error import MatrixError, error_of_state
 from p4flows.matrices.merge import (
@@ -84,6 +84,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         rank: number k of columns of u and v, 1 ≤ k ≤ size.
         init: the initial A: "identity", "reverse" (antidiagonal ones) or a tensor of shape `(n, n)`
             or `(*batch_shape, n, n)`, which then gives dtype and device.
+        device: where; by default that of init, or torch's default device.
+        dtype: by default that of init, or torch's default dtype.
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
@@ -99,7 +101,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     """
 
     _version = 1
+    _init: str
 
+    u: nn.Parameter
+    v: nn.Parameter
     frozen: Tensor
     seed: Tensor
     draws: Tensor
@@ -111,7 +116,13 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         return matrix
 
     def __init__(
-        self, size: int, batch_shape: tuple[int, ...], rank: int, init: str | Tensor
+        self,
+        size: int,
+        batch_shape: tuple[int, ...],
+        rank: int,
+        init: str | Tensor,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         check_positive_int("size", size)
@@ -119,20 +130,27 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             raise TypeError(f"batch_shape must be a tuple, got {type(batch_shape).__name__}")
         for extent in batch_shape:
             check_positive_int("each of batch_shape", extent)
-        if not isinstance(rank, int) or isinstance(rank, bool):
+        if not is_int(rank):
             raise TypeError(f"rank must be an int, got {type(rank).__name__}")
         if not 1 <= rank <= size:
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
-        initial = _initial_matrix(size, batch_shape, init)
-        frozen = initial.to(storage_dtype(initial.dtype))
-        for name, value in self._state_of(frozen).items():
-            self.register_buffer(name, value)
-        self.u = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
-        self.v = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
-        seed = torch.randint(1 << 62, batch_shape, dtype=torch.int64)
-        self.register_buffer("seed", seed.to(frozen.device))
-        self.register_buffer("draws", torch.zeros_like(self.seed))
-        self.reset()
+        home = init.device if isinstance(init, Tensor) else None
+        if device is None:
+            device = torch.get_default_device() if home is None else home
+        # On the CPU first: a device may be meta, where nothing can be computed or checked.
+        with torch.device("cpu" if home is None else home):
+            initial = _initial_matrix(size, batch_shape, init)
+            initial = initial if dtype is None else initial.to(dtype)
+            frozen = initial.to(storage_dtype(initial.dtype))
+            for name, value in self._state_of(frozen).items():
+                self.register_buffer(name, value)
+            self.u = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
+            self.v = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
+            self.register_buffer("seed", frozen.new_zeros(batch_shape, dtype=torch.int64))
+            self.register_buffer("draws", torch.zeros_like(self.seed))
+            self._start()
+        self._init = init if isinstance(init, str) else "identity"
+        self.to(device)
 
     @property
     def _first_draw(self) -> Draw:
@@ -318,6 +336,26 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         everywhere = torch.ones_like(self.draws, dtype=torch.bool)
         state.update(self._restarted(read_state([self]), everywhere, self._first_draw))
         write_state([self], state)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Begin anew, as just constructed: A, u = 0, and a v from a fresh seed.
+
+        An `init` that was a tensor is not kept: A is the identity then. Works after `to_empty`.
+        """
+        if self.frozen.is_meta:
+            return
+        with torch.device(self.frozen.device):
+            matrix = _initial_matrix(self.size, tuple(self.batch_shape), self._init)
+            write_state([self], self._state_of(matrix.to(self.frozen)))
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        seed = torch.randint(1 << 62, tuple(self.batch_shape), dtype=torch.int64, device="cpu")
+        self.seed.copy_(seed)
+        self.draws.zero_()
+        self.reset()
 
     def forward(self) -> Tensor:
         """Ã in the dtype of the module, for `torch.nn.utils.parametrize`."""

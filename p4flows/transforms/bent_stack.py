@@ -29,6 +29,8 @@ class BentStack(Transform):
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
         bounds: when a merge is accepted.
         perturbation: "relative" or "additive" (the paper); see `InvertibleMatrix`.
+        device: where; by default torch's default device.
+        dtype: by default torch's default dtype.
 
     Attributes:
         matrix: `InvertibleMatrix` of `batch_shape = (2·blocks,)`, in the order of the forward pass.
@@ -61,6 +63,8 @@ class BentStack(Transform):
         rank: int | None = None,
         bounds: MergeBounds = MergeBounds(),
         perturbation: Literal["relative", "additive"] = "relative",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_int("features", features)
         check_positive_int("blocks", blocks)
@@ -72,8 +76,16 @@ class BentStack(Transform):
             rank=rank,
             bounds=bounds,
             perturbation=perturbation,
+            device=device,
+            dtype=dtype,
         )
         self.bias = nn.Parameter(self.matrix.u.new_zeros(2 * blocks, features))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Begin anew, as just constructed, with fresh seeds."""
+        self.matrix.reset_parameters()
+        self.bias.zero_()
 
     @property
     def blocks(self) -> int:

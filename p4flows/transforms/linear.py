@@ -128,6 +128,13 @@ class PerturbedLinear(Linear):
         """ln|det Ã|, shape `()`. Cost O(D²)."""
         return self.matrix.slogdet()[1]
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Begin anew, as just constructed, with a fresh seed; an `init` tensor is not kept."""
+        self.matrix.reset_parameters()
+        if self.bias is not None:
+            self.bias.zero_()
+
     def extra_repr(self) -> str:
         """What `matrix` does not show already."""
         return f"bias={self.bias is not None}, using_cache={self.using_cache}"
@@ -181,6 +188,8 @@ class P4InvTransform(PerturbedLinear):
         bounds: when a merge is accepted.
         perturbation: "relative", Ã = (I + u vᵀ) A, which learns most in a second, or "additive",
             Ã = A + u vᵀ, the paper's, which can cross det A = 0; see `InvertibleMatrix`.
+        device: where; by default that of init, or torch's default device.
+        dtype: by default that of init, or torch's default dtype.
 
     Attributes:
         matrix: the `InvertibleMatrix`.
@@ -212,12 +221,20 @@ class P4InvTransform(PerturbedLinear):
         using_cache: bool = False,
         bounds: MergeBounds = MergeBounds(),
         perturbation: Literal["relative", "additive"] = "relative",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_int("features", features)
         other = init if isinstance(init, Linear) else None
         weight = init if other is None else other.weight()
         matrix = InvertibleMatrix(
-            features, rank=rank, init=weight, bounds=bounds, perturbation=perturbation
+            features,
+            rank=rank,
+            init=weight,
+            bounds=bounds,
+            perturbation=perturbation,
+            device=device,
+            dtype=dtype,
         )
         super().__init__(matrix, bias=bias, using_cache=using_cache)
         if other is not None and other.bias is not None:
@@ -244,6 +261,8 @@ class P4OrthogonalTransform(PerturbedLinear):
             which then gives dtype and device.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        device: where; by default that of init, or torch's default device.
+        dtype: by default that of init, or torch's default dtype.
 
     Attributes:
         matrix: the `OrthogonalMatrix`.
@@ -274,7 +293,9 @@ class P4OrthogonalTransform(PerturbedLinear):
         init: str | Tensor = "identity",
         bias: bool = True,
         using_cache: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_int("features", features)
-        matrix = OrthogonalMatrix(features, rank=rank, init=init)
+        matrix = OrthogonalMatrix(features, rank=rank, init=init, device=device, dtype=dtype)
         super().__init__(matrix, bias=bias, using_cache=using_cache)
