@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test lint types docs bench stress clean
+.PHONY: help demo ala2 test integrations lint types docs bench stress clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
@@ -15,6 +15,9 @@ ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
 
 test: lint types docs  ## lint, type check, site, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+integrations: .venv-integrations/.installed  ## P4 layers in the loops of other libraries, in an environment of its own
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -p no:randomly tests/integrations
 
 lint: .venv/.installed  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -32,8 +35,13 @@ bench: .venv/.installed  ## speed and memory of the layers
 stress: .venv/.installed  ## try for ten minutes what may go wrong with the numbers
 	$(BIN)/python benchmarks/stress.py
 
+.venv-integrations/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install --disable-pip-version-check -e ".[integrations]"
+	@touch $@
+
 clean:  ## remove .venv, caches and builds; results/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-integrations .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -9,7 +9,13 @@ from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, Pe
 from p4flows.merging import MergeHook
 from p4flows.parametrize import invertible, orthogonal
 from p4flows.training import fit
-from p4flows.transforms import BentIdentity, BentStack, P4InvTransform, P4OrthogonalTransform
+from p4flows.transforms import (
+    BentIdentity,
+    BentStack,
+    P4InvTransform,
+    P4OneByOneConvolution,
+    P4OrthogonalTransform,
+)
 
 __version__ = "0.1.0"
 
@@ -24,6 +30,7 @@ __all__ = [
     "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
+    "P4OneByOneConvolution",
     "P4OrthogonalTransform",
     "PerturbedMatrix",
     "bent_stacked_flow",

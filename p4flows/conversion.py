@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from p4flows.arguments import check_module
 from p4flows.matrices import PerturbedMatrix
-from p4flows.transforms import BentStack, P4InvTransform
+from p4flows.transforms import BentStack, P4InvTransform, P4OneByOneConvolution
 from p4flows.transforms.linear import PerturbedLinear
 
 
@@ -34,7 +34,7 @@ def plain(module: nn.Module) -> nn.Module:
         The copy, equal up to the rounding of an LU decomposition.
 
     Raises:
-        TypeError: when it is not an nn.Module.
+        TypeError: when it is not an nn.Module, or holds a `P4OneByOneConvolution`.
 
     Example:
         >>> layer = P4InvTransform(3, init="reverse")
@@ -63,8 +63,8 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
     """Put P4InvTransform layers in place of nflows-type linear layers, keeping their weights.
 
     They are found by what they have, `weight()`, `weight_inverse()` and `bias`, not by their class:
-    LULinear and the others of nflows, and the copies of it in glasflow and normflows. Build the
-    optimizer afterwards.
+    LULinear and the others of nflows, and the copies of it in glasflow and normflows; a
+    `OneByOneConvolution` becomes a `P4OneByOneConvolution`. Build the optimizer afterwards.
 
     Args:
         module: is changed, unless it is such a layer itself.
@@ -92,7 +92,12 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
             return None
         count += 1
         weight, bias = layer.weight().detach(), layer.bias  # type: ignore[operator]
-        new = P4InvTransform(len(weight), init=weight, bias=bias is not None, **options)
+        kind: type[P4InvTransform] = P4InvTransform
+        if type(layer).__name__ == "OneByOneConvolution":
+            # It shuffles the channels before its matrix.
+            kind = P4OneByOneConvolution
+            weight = weight[:, layer.permutation._permutation.argsort()]  # type: ignore[union-attr, operator]
+        new = kind(len(weight), init=weight, bias=bias is not None, **options)
         if isinstance(bias, Tensor) and new.bias is not None:
             with torch.no_grad():
                 new.bias.copy_(bias)
@@ -135,6 +140,8 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
         return _replaced(layer.to_composite().train(layer.training), _plain_layer)
     if not isinstance(layer, PerturbedLinear):
         return None
+    if isinstance(layer, P4OneByOneConvolution):
+        raise TypeError("P4OneByOneConvolution has no counterpart in nflows that fits every matrix")
     # nflows' `NaiveLinear` has no inverse in today's torch, and its `LULinear` neither pivots nor
     # changes signs: A = P S L U with U of positive diagonal, in float64.
     permutation, lower, upper = torch.linalg.lu(layer.weight().double())

@@ -13,7 +13,7 @@ SHORTER = {
     "recurrent": {"LENGTH, STEPS, SIZE = 40, 400, 32": "LENGTH, STEPS, SIZE = 4, 12, 8"},
 }
 # Parts of a script, or pages with a test of their own.
-ELSEWHERE = {"image_patches", "bgflow", "your_own_molecule"}
+ELSEWHERE = {"image_patches", "bgflow", "your_own_molecule", "inside_other_loops"}
 PAGES = [
     page
     for page in sorted(DOCS.glob("*.md"))

@@ -24,6 +24,7 @@ CONTRACT = {
     "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
+    "P4OneByOneConvolution",
     "P4OrthogonalTransform",
     "PerturbedMatrix",
     "bent_stacked_flow",

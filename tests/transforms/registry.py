@@ -4,12 +4,14 @@ At its start a P4 layer is the identity, where a log-determinant of 0 and an inv
 A new transform is one more line in `CONSTRUCTORS`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from nflows.transforms.base import Transform
-from torch import nn
+from torch import Tensor, nn
 
+from p4flows.arguments import check_rows
 from p4flows.matrices import PerturbedMatrix
 from p4flows.transforms import (
     AffineCoupling,
@@ -17,10 +19,31 @@ from p4flows.transforms import (
     BentStack,
     ColumnsTransform,
     P4InvTransform,
+    P4OneByOneConvolution,
     P4OrthogonalTransform,
     SplineCoupling,
 )
 from p4flows.transforms.bent_cascade import DENSE_UP_TO
+
+
+class Pixels(Transform):
+    """A transform of images as one of rows, so that the same is asked of it."""
+
+    def __init__(self, transform: Transform, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.transform, self.shape = transform, shape
+        self.features = math.prod(shape)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_rows(inputs, self.features)
+        outputs, logabsdet = self.transform(inputs.reshape(-1, *self.shape), context)
+        return outputs.reshape(inputs.shape), logabsdet
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_rows(inputs, self.features)
+        outputs, logabsdet = self.transform.inverse(inputs.reshape(-1, *self.shape), context)
+        return outputs.reshape(inputs.shape), logabsdet
+
 
 Constructor = Callable[[], Transform]
 
@@ -55,6 +78,8 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "P4InvTransform-reverse-paper": lambda: P4InvTransform(3, init="reverse", **PAPER),
     "P4InvTransform-tensor": lambda: P4InvTransform(2, init=START),
     "P4InvTransform-tensor-paper": lambda: P4InvTransform(2, init=START, **PAPER),
+    "P4OneByOneConvolution": lambda: Pixels(P4OneByOneConvolution(3), (3, 2, 1)),
+    "P4OneByOneConvolution-paper": lambda: Pixels(P4OneByOneConvolution(2, **PAPER), (2, 1, 2)),
     "P4OrthogonalTransform": lambda: P4OrthogonalTransform(3),
     "P4OrthogonalTransform-cache": lambda: P4OrthogonalTransform(3, using_cache=True),
     "P4OrthogonalTransform-nobias": lambda: P4OrthogonalTransform(3, bias=False),
