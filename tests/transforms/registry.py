@@ -34,6 +34,9 @@ class Pixels(Transform):
         self.transform, self.shape = transform, shape
         self.features = math.prod(shape)
 
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_rows(inputs, self.features)
         outputs, logabsdet = self.transform(inputs.reshape(-1, *self.shape), context)
