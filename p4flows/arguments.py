@@ -128,6 +128,23 @@ def check_like(
         )
 
 
+def check_count(name: str, value: object) -> None:
+    """As `check_positive_int`, for what may be zero.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what came.
+
+    Raises:
+        TypeError: when the value is not an int.
+        ValueError: when it is negative.
+    """
+    if not is_int(value):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def check_positive_ints(name: str, values: object) -> None:
     """Refuse what is not a sequence of positive ints.
 
@@ -149,6 +166,40 @@ def check_positive_ints(name: str, values: object) -> None:
         raise TypeError(f"{name} must be a sequence of widths, got {type(values).__name__}")
     for index, value in enumerate(values):
         check_positive_int(f"{name}[{index}]", value)
+
+
+def check_context(context: object, rows: torch.Tensor, context_features: int) -> None:
+    """Refuse a context that a layer was not built for, or the lack of one that it was.
+
+    Args:
+        context: what came.
+        rows: inputs of shape `(N, features)`.
+        context_features: the expected number of columns; 0 for none.
+
+    Raises:
+        TypeError: when a context is missing or not a floating-point tensor.
+        ValueError: when its shape is not `(N, context_features)`, or none was expected.
+
+    Example:
+        >>> check_context(torch.ones(2, 1), torch.ones(2, 3), 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: context came to a layer without: build it with context_features=1
+    """
+    if context_features == 0:
+        if context is not None:
+            width = context.shape[-1] if isinstance(context, torch.Tensor) else "..."
+            raise ValueError(
+                f"context came to a layer without: build it with context_features={width}"
+            )
+        return
+    if not isinstance(context, torch.Tensor) or not context.is_floating_point():
+        found = context.dtype if isinstance(context, torch.Tensor) else type(context).__name__
+        raise TypeError(f"context must be a floating-point tensor, got {found}")
+    if context.shape != (len(rows), context_features):
+        raise ValueError(
+            f"context must have shape ({len(rows)}, {context_features}), got {tuple(context.shape)}"
+        )
 
 
 def check_columns(name: str, columns: object, features: int) -> None:

@@ -79,6 +79,7 @@ def realnvp_flow(
     perturbation: Literal["relative", "additive"] = "additive",
     shift_activation: type[nn.Module] = nn.ReLU,
     scale_activation: type[nn.Module] = nn.Tanh,
+    context_features: int = 0,
 ) -> "Flow":
     """RealNVP whose channels are mixed by P4Inv layers or swapped (Section 2.5, Figure 7).
 
@@ -95,6 +96,8 @@ def realnvp_flow(
         perturbation: "additive" is the paper, "relative" the default of `P4InvTransform`.
         shift_activation: class of the hidden activation of the shift nets.
         scale_activation: class of the hidden activation of the scale nets.
+        context_features: width of a context on which the density depends, `log_prob(x, context=c)`;
+            0 is none.
 
     Returns:
         An `nflows.flows.Flow`, data → noise in the forward direction, standard normal base.
@@ -113,7 +116,9 @@ def realnvp_flow(
         raise ValueError(f"swap must be 'p4' or 'permutation', got {swap!r}")
     transforms: list[Transform] = []
     for _ in range(2 * blocks):
-        coupling = AffineCoupling(features, hidden, shift_activation, scale_activation)
+        coupling = AffineCoupling(
+            features, hidden, shift_activation, scale_activation, context_features
+        )
         if swap == "p4":
             mixing: Transform = P4InvTransform(
                 features, rank=rank, init="reverse", perturbation=perturbation
@@ -134,6 +139,7 @@ def spline_flow(
     hidden: Sequence[int] = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
+    context_features: int = 0,
 ) -> "Flow":
     """Rational-quadratic spline couplings on R^p × T^q, mixed by P4Inv layers.
 
@@ -153,6 +159,8 @@ def spline_flow(
         hidden: widths of the hidden layers of the couplings' nets.
         bins: bins of each spline.
         bound: the splines span [−bound, bound], in standard deviations of a standardised feature.
+        context_features: width of a context on which the density depends, `log_prob(x, context=c)`;
+            0 is none.
 
     Returns:
         An `nflows.flows.Flow`, data → noise in the forward direction.
@@ -181,7 +189,15 @@ def spline_flow(
         first = _half(euclidean, circular, at_random=swap != "halves")
         second = [column for column in range(features) if column not in set(first)]
         transforms += [
-            SplineCoupling(features, half, circular=circular, hidden=hidden, bins=bins, bound=bound)
+            SplineCoupling(
+                features,
+                half,
+                circular=circular,
+                hidden=hidden,
+                bins=bins,
+                bound=bound,
+                context_features=context_features,
+            )
             for half in (first, second)
         ]
         if not euclidean:

@@ -7,7 +7,13 @@ import torch
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int, check_positive_ints, check_rows
+from p4flows.arguments import (
+    check_context,
+    check_count,
+    check_positive_int,
+    check_positive_ints,
+    check_rows,
+)
 
 
 def dense_net(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
@@ -41,6 +47,7 @@ class AffineCoupling(Transform):
         hidden: widths of the hidden layers of both nets.
         shift_activation: class of the hidden activation of the net t.
         scale_activation: class of the hidden activation of the net behind s.
+        context_features: width of a context that both nets see beside x₁; 0 is none.
 
     Attributes:
         shift_net: t.
@@ -49,7 +56,7 @@ class AffineCoupling(Transform):
 
     Raises:
         TypeError: when features or a width is not an int.
-        ValueError: when there are fewer than two features, or a width is not positive.
+        ValueError: when there are fewer than two features, or a width is out of range.
 
     Cost: forward and inverse alike, one pass of both nets.
 
@@ -67,15 +74,17 @@ class AffineCoupling(Transform):
         hidden: Sequence[int] = (60, 60),
         shift_activation: type[nn.Module] = nn.ReLU,
         scale_activation: type[nn.Module] = nn.Tanh,
+        context_features: int = 0,
     ) -> None:
         check_positive_int("features", features)
         if features < 2:
             raise ValueError(f"features must be at least 2 to be split, got {features}")
         check_positive_ints("hidden", hidden)
+        check_count("context_features", context_features)
         super().__init__()
-        self.features = features
+        self.features, self.context_features = features, context_features
         self.conditioning = (features + 1) // 2
-        widths = (self.conditioning, *hidden, features - self.conditioning)
+        widths = (self.conditioning + context_features, *hidden, features - self.conditioning)
         self.shift_net = dense_net(widths, shift_activation)
         self.scale_net = dense_net(widths, scale_activation)
         self.log_scale_factor = nn.Parameter(torch.full((1,), -1.0))
@@ -85,34 +94,37 @@ class AffineCoupling(Transform):
 
         Args:
             inputs: x, shape `(N, features)`.
-            context: accepted and ignored.
+            context: shape `(N, context_features)`; None for a coupling without.
 
         Returns:
             y of shape `(N, features)` and Σ s(x₁) of shape `(N,)`.
 
         Raises:
-            TypeError: when the inputs are not a floating-point tensor.
-            ValueError: when their shape is not `(N, features)`.
+            TypeError: when inputs or context are not floating-point tensors.
+            ValueError: when their shapes are others, or a context was not expected.
         """
         first, second = self._split(inputs)
-        shift, log_scale = self._condition(first)
+        shift, log_scale = self._condition(first, context)
         outputs = torch.cat([first, second * torch.exp(log_scale) + shift], dim=-1)
         return outputs, log_scale.sum(-1)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x₂ = (y₂ − t(y₁))·exp(−s(y₁)); shapes and errors as for `forward`."""
         first, second = self._split(inputs)
-        shift, log_scale = self._condition(first)
+        shift, log_scale = self._condition(first, context)
         outputs = torch.cat([first, (second - shift) * torch.exp(-log_scale)], dim=-1)
         return outputs, -log_scale.sum(-1)
 
     def extra_repr(self) -> str:
         """What the nets do not show already."""
-        return f"features={self.features}"
+        context = f", context_features={self.context_features}" if self.context_features else ""
+        return f"features={self.features}{context}"
 
-    def _condition(self, first: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = torch.exp(self.log_scale_factor) * torch.tanh(self.scale_net(first))
-        return self.shift_net(first), log_scale
+    def _condition(self, first: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        check_context(context, first, self.context_features)
+        seen = first if context is None else torch.cat([first, context], -1)
+        log_scale = torch.exp(self.log_scale_factor) * torch.tanh(self.scale_net(seen))
+        return self.shift_net(seen), log_scale
 
     def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         check_rows(inputs, self.features)

@@ -7,7 +7,14 @@ import torch
 from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
-from p4flows.arguments import check_columns, check_positive_int, check_positive_ints, check_rows
+from p4flows.arguments import (
+    check_columns,
+    check_context,
+    check_count,
+    check_positive_int,
+    check_positive_ints,
+    check_rows,
+)
 from p4flows.transforms.coupling import dense_net
 from p4flows.transforms.spline import rational_quadratic
 
@@ -26,6 +33,7 @@ class SplineCoupling(Transform):
         hidden: widths of the hidden layers of the net.
         bins: K, bins of each spline.
         bound: in the units of the Euclidean features; five standard deviations by default.
+        context_features: width of a context that the net sees as well; 0 is none.
 
     Attributes:
         net: from the conditioning columns to all splines; its last layer starts near zero, so that
@@ -62,6 +70,7 @@ class SplineCoupling(Transform):
         hidden: Sequence[int] = (64, 64),
         bins: int = 8,
         bound: float = 5.0,
+        context_features: int = 0,
     ) -> None:
         check_positive_int("features", features)
         check_columns("transformed", transformed, features)
@@ -71,6 +80,7 @@ class SplineCoupling(Transform):
                 f"transformed must be some of the {features} columns, got {len(transformed)}"
             )
         check_positive_ints("hidden", hidden)
+        check_count("context_features", context_features)
         check_positive_int("bins", bins)
         if bins < 2:
             raise ValueError(f"bins must be at least 2, got {bins}")
@@ -78,6 +88,7 @@ class SplineCoupling(Transform):
             raise ValueError(f"bound must be positive, got {bound}")
         super().__init__()
         self.features, self.bins, self.bound = features, bins, float(bound)
+        self.context_features = context_features
         bent, angles = set(transformed), set(circular)
         # Buffers, so that a checkpoint carries the columns that were drawn at random.
         columns = {
@@ -96,6 +107,7 @@ class SplineCoupling(Transform):
             len(columns["turned"]) * (3 * bins + 1),
         ]
         inputs = len(columns["seen_straight"]) + 2 * len(columns["seen_turned"])
+        inputs += context_features
         self.net = dense_net((inputs, *hidden, sum(self.sizes)), nn.SiLU)
         self._start()
 
@@ -114,20 +126,20 @@ class SplineCoupling(Transform):
 
         Args:
             inputs: shape `(N, features)`, circular columns in [−π, π).
-            context: accepted and ignored.
+            context: shape `(N, context_features)`; None for a coupling without.
 
         Returns:
             Outputs of the same shape and logabsdet of shape `(N,)`.
 
         Raises:
-            TypeError: when the inputs are not a floating-point tensor.
-            ValueError: when their shape is not `(N, features)`.
+            TypeError: when inputs or context are not floating-point tensors.
+            ValueError: when their shapes are others, or a context was not expected.
         """
-        return self._bend(inputs, inverse=False)
+        return self._bend(inputs, context, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Bend back; shapes and errors as for `forward`."""
-        return self._bend(inputs, inverse=True)
+        return self._bend(inputs, context, inverse=True)
 
     def extra_repr(self) -> str:
         """What the net does not show."""
@@ -137,10 +149,13 @@ class SplineCoupling(Transform):
             f"bound={self.bound:g}"
         )
 
-    def _bend(self, inputs: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _bend(self, inputs: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         check_rows(inputs, self.features)
+        check_context(context, inputs, self.context_features)
         angles = inputs[:, self.seen_turned]
         seen = torch.cat([inputs[:, self.seen_straight], angles.cos(), angles.sin()], -1)
+        if context is not None:
+            seen = torch.cat([seen, context], -1)
         on_lines, on_circles = self.net(seen).split(self.sizes, -1)
         sizes, ends, turn = self._splines(len(inputs), on_lines, on_circles)
 

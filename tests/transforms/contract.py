@@ -141,6 +141,10 @@ def check_grad_modes(case: Case) -> None:
 def check_context(case: Case) -> None:
     context = torch.randn(len(case.inputs), 2, dtype=case.inputs.dtype)
     expected = case.transform(case.inputs)
+    if hasattr(case.core, "context_features"):
+        with pytest.raises(ValueError, match="build it with context_features=2"):
+            case.transform(case.inputs, context)
+        return
     close(case.transform(case.inputs, context), expected)
     close(case.transform(case.inputs, context=context), expected)
 
