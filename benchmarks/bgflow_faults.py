@@ -63,6 +63,9 @@ class Bgflow:
     title = "bgflow"
 
     def __init__(self) -> None:
+        import numpy
+
+        numpy.infty = numpy.inf  # all that bgflow misses in NumPy 2
         import bgflow
 
         self.bgflow = bgflow

@@ -67,7 +67,7 @@ CASES = {
     ),
     "P4Inv and Bent identities, n = 2, 100 blocks": Case(
         (200, 2),
-        lambda: BentStackFlow(2, blocks=100),
+        lambda: BentStackFlow(2, blocks=100, rank=1, perturbation="additive"),
         theirs_bent_stack,
     ),
 }

@@ -11,7 +11,7 @@ from nflows.transforms.base import Transform
 from torch import Tensor, nn
 
 from p4flows.arguments import check_floating, check_positive_int
-from p4flows.transforms import BentIdentity, BentStack, P4InvTransform
+from p4flows.transforms import BentIdentity, BentStack, P4InvTransform, P4OrthogonalTransform
 
 try:
     from bgflow import (
@@ -199,6 +199,28 @@ class P4InvFlow(TransformFlow):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(P4InvTransform(dim, **options))
+
+
+class P4OrthogonalFlow(TransformFlow):
+    """Linear layer y = Ã x + b with an orthogonal matrix; ln|det| is 0.
+
+    Args:
+        dim: n.
+        **options: those of `P4OrthogonalTransform`: rank, init, bias, using_cache.
+
+    Raises:
+        TypeError: as `P4OrthogonalTransform`.
+        ValueError: as `P4OrthogonalTransform`.
+
+    Example:
+        >>> import torch
+        >>> y, dlogp = P4OrthogonalFlow(3, init="reverse")(torch.tensor([1.0, 2.0, 3.0]))
+        >>> y.tolist(), dlogp.tolist()
+        ([3.0, 2.0, 1.0], [0.0])
+    """
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(P4OrthogonalTransform(dim, **options))
 
 
 class BentIdentityFlow(TransformFlow):

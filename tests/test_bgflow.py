@@ -14,6 +14,7 @@ if bgflow is not None:
         BentIdentityFlow,
         BentStackFlow,
         P4InvFlow,
+        P4OrthogonalFlow,
         as_transform,
         realnvp_flow,
     )
@@ -25,8 +26,11 @@ pytestmark = [
 ]
 
 DIM = 3
+# bgflow's own layer is the paper's.
+PAPER = {"rank": 1, "perturbation": "additive"}
 LAYERS = {
     "P4InvFlow": lambda: P4InvFlow(DIM),
+    "P4OrthogonalFlow": lambda: P4OrthogonalFlow(DIM),
     "BentIdentityFlow": lambda: BentIdentityFlow(),
     "BentStackFlow": lambda: BentStackFlow(DIM, blocks=2),
 }
@@ -130,7 +134,7 @@ def their_layer(ours, **options):
 @pytest.mark.parametrize("bias", [True, False])
 def test_equal_to_their_linear_layer(bias):
     torch.manual_seed(0)
-    ours = moved(P4InvFlow(DIM, bias=bias))
+    ours = moved(P4InvFlow(DIM, bias=bias, **PAPER))
     theirs = their_layer(ours)
     x = rows(2, 5)
     for inverse in (False, True):
@@ -156,7 +160,7 @@ def test_bounds_of_the_paper_are_their_defaults(update, determinant):
     """MergeBounds.paper() is what the migration table gives for min_logdet and max_logdet."""
     torch.manual_seed(0)
     matrix = torch.linalg.qr(rows(DIM)).Q * determinant ** (1 / DIM)
-    ours = P4InvFlow(DIM, init=matrix, bounds=MergeBounds.paper())
+    ours = P4InvFlow(DIM, init=matrix, bounds=MergeBounds.paper(), **PAPER)
     with torch.no_grad():
         # vᵀA⁻¹u = exp(update) − 1
         v = ours.transform.matrix.v
@@ -182,11 +186,11 @@ def test_equal_to_their_bent_identity():
 def test_learns_a_linear_map(layers):
     """From the identity through nearly singular matrices to another determinant sign."""
     torch.manual_seed(0)
-    flow = bgflow.SequentialFlow([P4InvFlow(DIM) for _ in range(layers)])
+    flow = bgflow.SequentialFlow([P4InvFlow(DIM, **PAPER) for _ in range(layers)])
     target = torch.tensor([[0.1, 1.0, 0.0], [1.0, 0.1, 0.0], [0.0, 0.0, 0.5]])
     assert torch.linalg.det(target) < 0
     optimizer = torch.optim.Adam(flow.parameters(), lr=3e-2)
-    hook = MergeHook(flow, optimizer, every=10, force_every=5, correct_every=5)
+    hook = MergeHook.paper(flow, optimizer, every=10, force_every=5, correct_every=5)
     for _ in range(1000):
         x = torch.randn(16, DIM)
         loss = (flow(x)[0] - x @ target.mT).square().mean()

@@ -11,6 +11,7 @@ from p4flows import MergeHook, P4InvTransform, PerturbedMatrix
 from p4flows.attaching import driver_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "inside_other_loops.md"
+MODULES = {"Lightning": "lightning", "Accelerate": "accelerate"}
 BLOCKS = {block.heading: block for block in python_blocks(PAGE.read_text(encoding="utf-8"))}
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
@@ -22,7 +23,7 @@ pytestmark = [
 
 def section(library, tmp_path, monkeypatch):
     """The names that the section's code leaves behind."""
-    pytest.importorskip(library.lower(), reason="needs the extra `integrations`")
+    pytest.importorskip(MODULES.get(library, library), reason="needs the extra `integrations`")
     monkeypatch.chdir(tmp_path)
     block = BLOCKS[library]
     torch.manual_seed(0)
@@ -222,3 +223,12 @@ def test_normflows(tmp_path, monkeypatch):
     torch.testing.assert_close(model.log_prob(names["samples"]), log_prob, atol=1e-3, rtol=1e-3)
     assert names["loss"].item() == pytest.approx(4 * (1.42 + 0.69), abs=0.6)
     assert_right(model)
+
+
+def test_zuko(tmp_path, monkeypatch):
+    assert section("zuko", tmp_path, monkeypatch)["loss"].isfinite()
+
+
+def test_freia(tmp_path, monkeypatch):
+    names = section("FrEIA", tmp_path, monkeypatch)
+    assert names["outputs"].shape == (2, 3, 8, 8) and names["logabsdet"].shape == (2,)

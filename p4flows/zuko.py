@@ -1,0 +1,74 @@
+"""P4 layers as zuko's lazy transforms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from p4flows.transforms import P4InvTransform
+
+try:
+    from zuko.lazy import LazyTransform
+except ImportError as error:
+    raise ImportError("p4flows.zuko needs zuko: pip install zuko") from error
+
+
+class P4Transform(LazyTransform):
+    """`P4InvTransform` among the transforms of a zuko flow; the context is ignored.
+
+    Args:
+        features: n.
+        **options: those of `P4InvTransform`.
+
+    Attributes:
+        layer: the `P4InvTransform`, for a `MergeHook`, as the flow as a whole is.
+
+    Raises:
+        TypeError: as for `P4InvTransform`.
+        ValueError: as for `P4InvTransform`.
+
+    Example:
+        >>> from zuko.flows import Flow, UnconditionalDistribution
+        >>> from zuko.distributions import DiagNormal
+        >>> base = UnconditionalDistribution(DiagNormal, torch.zeros(3), torch.ones(3), buffer=True)
+        >>> flow = Flow([P4Transform(3)], base)
+        >>> flow().log_prob(torch.ones(5, 3)).shape, flow().sample((2,)).shape
+        (torch.Size([5]), torch.Size([2, 3]))
+    """
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__()
+        self.layer = P4InvTransform(features, **options)
+
+    def forward(self, c: Any = None) -> Transform:
+        """The transform x → Ã x + b of torch.distributions, at any context."""
+        return _Rows(self.layer)
+
+
+class _Rows(Transform):
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, layer: P4InvTransform, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.layer = layer
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        return _Rows(self.layer, cache_size)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """zuko's shortcut: outputs and log-determinant at once."""
+        y, logabsdet = self.layer(x.reshape(-1, x.shape[-1]))
+        return y.reshape(x.shape), logabsdet.reshape(x.shape[:-1])
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, _ = self.layer.inverse(y.reshape(-1, y.shape[-1]))
+        return x.reshape(y.shape)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer.logabsdet().expand(torch.broadcast_shapes(x.shape, y.shape)[:-1])
