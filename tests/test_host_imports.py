@@ -8,7 +8,7 @@ import pytest
 MISSING = "raise ImportError('not here')"
 ROOMS = {
     "bgflow-missing": ("bgflow", MISSING, r"needs bgflow and numpy < 2: docs/bgflow\.md"),
-    # NumPy 2 has no longer a constant that it uses.
+    # NumPy 2 lacks a constant that it uses.
     "bgflow-broken": ("bgflow", "import numpy; numpy.removed", r"needs bgflow and numpy < 2"),
     "zuko-missing": ("zuko", MISSING, "needs zuko: pip install zuko"),
     "freia-missing": ("FrEIA", MISSING, "needs FrEIA: pip install FrEIA"),
