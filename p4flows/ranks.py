@@ -142,7 +142,11 @@ class Comparison:
 
 def _fingerprint(tensor: Tensor) -> Tensor:
     """A number that two tensors share when they are equal, and hardly otherwise."""
-    flat = tensor.detach().double().flatten()
+    flat = tensor.detach().flatten()
+    if not flat.is_floating_point():
+        # Halves of an int64, each of which a double holds exactly.
+        flat = torch.cat([flat >> 32, flat & 0xFFFFFFFF])
+    flat = flat.double()
     weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
     return torch.dot(flat, torch.sin(weights))
 

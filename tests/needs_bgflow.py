@@ -29,6 +29,8 @@ with warnings.catch_warnings():
     except (ImportError, AttributeError) as error:  # AttributeError: numpy 2
         bgflow = None
         cause = f" ({error})"
+        if str(CHECKOUT) in sys.path:
+            sys.path.remove(str(CHECKOUT))  # or others would find it, and fail
     else:
         cause = ""
 

@@ -87,7 +87,8 @@ def fit_wrapped(rank, folder):
 
 
 def ddp(rank, folder, spoil=lambda rank, step, flow, optimizer: True, steps=12):
-    flow = flow_of(seed=rank)
+    # Without broadcast_buffers, seeds have to be the same from the start.
+    flow = flow_of(seed=0)
     module = DistributedDataParallel(Loss(flow), broadcast_buffers=False)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
     hook = MergeHook(module, optimizer, every=5)
