@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test integrations lint types docs bench stress clean
+.PHONY: help demo ala2 test integrations lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,15 @@ types: .venv/.installed  ## mypy on the package
 
 docs: .venv/.installed  ## the site, in docs/_build; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
+
+dist: .venv/.installed  ## wheel and sdist, checked and imported in an empty environment
+	rm -rf dist build/empty
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet build twine
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --disable-pip-version-check --quiet dist/*.whl -c constraints.txt
+	cd build && empty/bin/python -c "import p4flows; print(p4flows.P4InvTransform(3), p4flows.__file__)"
 
 bench: .venv/.installed  ## speed and memory of the layers
 	$(BIN)/python benchmarks/layers.py

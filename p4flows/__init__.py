@@ -1,21 +1,26 @@
 """P4 for PyTorch: invertible and orthogonal layers trained by property-preserving perturbations."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from p4flows.attaching import NotMergedWarning
 from p4flows.averaging import AveragedModel, ElementwiseAverageWarning
-from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
-from p4flows.conversion import plain, swap_linear
 from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
 from p4flows.parametrize import invertible, orthogonal
 from p4flows.training import fit
-from p4flows.transforms import (
-    BentIdentity,
-    BentStack,
-    P4InvTransform,
-    P4OneByOneConvolution,
-    P4OrthogonalTransform,
-)
+
+if TYPE_CHECKING:
+    from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
+    from p4flows.conversion import plain, swap_linear
+    from p4flows.transforms import (
+        BentIdentity,
+        BentStack,
+        P4InvTransform,
+        P4OneByOneConvolution,
+        P4OrthogonalTransform,
+    )
 
 __version__ = "0.1.0"
 
@@ -43,3 +48,30 @@ __all__ = [
     "spline_flow",
     "swap_linear",
 ]
+
+# Imported when they are first asked for: they need nflows, which brings tensorboard and matplotlib
+# along, and a weight of an nn.Linear does not.
+_NEED_NFLOWS = {
+    "builders": ("bent_stacked_flow", "realnvp_flow", "spline_flow"),
+    "conversion": ("plain", "swap_linear"),
+    "transforms": (
+        "BentIdentity",
+        "BentStack",
+        "P4InvTransform",
+        "P4OneByOneConvolution",
+        "P4OrthogonalTransform",
+    ),
+}
+_HOMES = {name: home for home, names in _NEED_NFLOWS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

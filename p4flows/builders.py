@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from nflows.flows.base import Flow
 
 
+class _NoContext(nn.Module):
+    """The embedding net of a flow without nets: a context would change nothing."""
+
+    def forward(self, context: object) -> None:
+        if context is not None:
+            raise ValueError(
+                "context came to a flow whose layers have no nets to see it: realnvp_flow and "
+                "spline_flow take one, with context_features"
+            )
+
+
 def bent_stacked_flow(
     features: int,
     blocks: int,
@@ -42,7 +53,8 @@ def bent_stacked_flow(
         perturbation: "additive" is the paper, "relative" the default of `P4InvTransform`.
 
     Returns:
-        An `nflows.flows.Flow`, data → noise in the forward direction, standard normal base.
+        An `nflows.flows.Flow`, data → noise in the forward direction, standard normal base; it
+        refuses a context, which none of its layers would see.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -57,7 +69,8 @@ def bent_stacked_flow(
     """
     check_positive_int("blocks", blocks)
     if fused:
-        return _flow(BentStack(features, blocks, rank=rank, perturbation=perturbation), features)
+        stack = BentStack(features, blocks, rank=rank, perturbation=perturbation)
+        return _flow(stack, features, embedding_net=_NoContext())
     transforms: list[Transform] = []
     for _ in range(blocks):
         transforms += [
@@ -66,7 +79,7 @@ def bent_stacked_flow(
             P4InvTransform(features, rank=rank, perturbation=perturbation),
             InverseTransform(BentIdentity()),
         ]
-    return _flow(CompositeTransform(transforms), features)
+    return _flow(CompositeTransform(transforms), features, embedding_net=_NoContext())
 
 
 def realnvp_flow(
@@ -224,11 +237,16 @@ def _half(euclidean: Sequence[int], circular: Sequence[int], at_random: bool) ->
     return sorted(half)
 
 
-def _flow(transform: Transform, features: int, circular: Sequence[int] = ()) -> "Flow":
+def _flow(
+    transform: Transform,
+    features: int,
+    circular: Sequence[int] = (),
+    embedding_net: nn.Module | None = None,
+) -> "Flow":
     # Imported here because nflows' distributions import matplotlib.
     from nflows.flows.base import Flow
 
     from p4flows.base_distribution import BaseNormal, BaseNormalUniform
 
     base = BaseNormalUniform(features, circular) if circular else BaseNormal(features)
-    return Flow(transform, base)
+    return Flow(transform, base, embedding_net)

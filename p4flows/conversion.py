@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from p4flows.arguments import check_module
 from p4flows.matrices import PerturbedMatrix
 from p4flows.transforms import BentStack, P4InvTransform, P4OneByOneConvolution
-from p4flows.transforms.linear import PerturbedLinear
+from p4flows.transforms.linear import PerturbedLinear, weight_of
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -91,12 +91,9 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
         if isinstance(layer, PerturbedLinear) or not _is_linear(layer):
             return None
         count += 1
-        weight, bias = layer.weight().detach(), layer.bias  # type: ignore[operator]
-        kind: type[P4InvTransform] = P4InvTransform
-        if type(layer).__name__ == "OneByOneConvolution":
-            # It shuffles the channels before its matrix.
-            kind = P4OneByOneConvolution
-            weight = weight[:, layer.permutation._permutation.argsort()]  # type: ignore[union-attr, operator]
+        weight, bias = weight_of(layer).detach(), layer.bias
+        images = type(layer).__name__ == "OneByOneConvolution"
+        kind = P4OneByOneConvolution if images else P4InvTransform
         new = kind(len(weight), init=weight, bias=bias is not None, **options)
         if isinstance(bias, Tensor) and new.bias is not None:
             with torch.no_grad():

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any, Literal, Self, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from p4flows.optimizer_state import (
     restart_momentum,
     restart_parameter,
 )
+from p4flows.ranks import Comparison, group_of, refuse_join, refuse_what_cannot_merge
 
 # A stack of small matrices merges in the time of one; copying large ones into a stack and back
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).
@@ -58,12 +60,17 @@ class MergeHook:
             parameters together; it starts anew as a whole.
         draw: how v is redrawn: "basis", in turn from the columns of random orthogonal bases, or
             "normal", independently (the paper).
+        process_group: processes that train the same module; they are compared at each merge, by one
+            reduction of a few numbers. By default that of a `DistributedDataParallel` in the
+            module, or none.
 
     Attributes:
         stats: a `MergeStats`.
 
     Raises:
-        TypeError: when an argument has the wrong type.
+        TypeError: when an argument has the wrong type, u and v are sharded (FSDP2), or the
+            optimizer is a `ZeroRedundancyOptimizer`.
+        RuntimeError: from `optimizer.step()`, when processes had drifted apart at the last merge.
         ValueError: when an interval is not positive, the module has no perturbed matrix that is to
             be trained, or the optimizer does not hold its u and v; the last also from the first
             step of an optimizer that holds only some of them.
@@ -92,6 +99,7 @@ class MergeHook:
         correct_every: int | None = 50,
         restart: Literal["carry", "v"] = "carry",
         draw: Draw = "basis",
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         check_module(module)
         inner = unwrapped(optimizer)
@@ -112,6 +120,7 @@ class MergeHook:
         }
         if not any(map(_is_trained, matrices.values())):
             raise ValueError("module has no P4 layer to train: there is nothing to merge")
+        refuse_what_cannot_merge(matrices, inner)
         if inner is not None:
             _check_held(matrices, inner)
         self.every = every
@@ -125,6 +134,7 @@ class MergeHook:
         self._warned_of_condition = False
         self._skipped: Tensor | None = None
         self._start(matrices, inner)
+        self._among(module, process_group)
         drive(self, matrices.values())
         if inner is not None:
             self.attach(inner)
@@ -171,6 +181,15 @@ class MergeHook:
         if self._bound is not None and self._bound() is None:
             return False
         return any(driver_of(matrix) is self for matrix in self._alive().values())
+
+    def compare(self, process_group: "dist.ProcessGroup | None") -> None:
+        """Compare processes that train the same module, from now on, or no more.
+
+        Args:
+            process_group: they, all of which have to call it; None for no comparison.
+        """
+        self.process_group = process_group
+        self._comparison = None if process_group is None else Comparison(process_group)
 
     def remove(self) -> None:
         """Take the hook off its matrices and optimizers; the matrices keep their state."""
@@ -250,9 +269,25 @@ class MergeHook:
         )
         self._is_loaded = False
         self._averages = AverageWatch()
+        self.compare(None)
+        self._wrapped: weakref.ref[nn.Module] | None = None
+
+    def _among(self, module: nn.Module, group: "dist.ProcessGroup | None") -> None:
+        self.compare(group_of(module) if group is None else group)
+        self._wrapped = weakref.ref(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_references", "_bound", "_entries", "_is_loaded", "_averages")
+        # A process group cannot be pickled, and is not that of another run.
+        own = (
+            "_references",
+            "_bound",
+            "_entries",
+            "_is_loaded",
+            "_averages",
+            "process_group",
+            "_comparison",
+            "_wrapped",
+        )
         state = {name: value for name, value in vars(self).items() if name not in own}
         matrices = self._alive()
         driven = [name for name, matrix in matrices.items() if driver_of(matrix) is self]
@@ -289,6 +324,7 @@ class MergeHook:
     def attach(self, optimizer: Optimizer) -> None:
         """Called before the first step of an optimizer that it follows."""
         matrices = self._driven()
+        refuse_what_cannot_merge(matrices, optimizer)
         _check_held(matrices, optimizer)
         trained = (
             p for matrix in matrices.values() for p in matrix.parameters() if p.requires_grad
@@ -328,6 +364,9 @@ class MergeHook:
             self._merges += 1
             force = self.force_every is not None and self._merges % self.force_every == 0
             correct = self.correct_every is not None and self._merges % self.correct_every == 0
+            if self._comparison is not None:
+                refuse_join(None if self._wrapped is None else self._wrapped())
+                self._comparison.start(self._driven(), self._steps)
             self._averages.look(self._driven().values(), self.every)
             self._merge(force, correct)
         entry.write(optimizer, self.state_dict())

@@ -5,27 +5,30 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
 from p4flows.attaching import driver_of, held
+from p4flows.batches import BatchFunction, Source, source_of
 from p4flows.checkpoints import previous_of, read_checkpoint, try_folder, write_checkpoint
 from p4flows.matrices import InvertibleMatrix, PerturbedMatrix
 from p4flows.merging import MergeHook
+from p4flows.ranks import average_gradients, spread, world
 
 _FORMAT = 2
 # Formatting the bar costs as much as a step of a small flow, so it is not done at each one.
 _SHOW_EVERY = 50
 
-BatchFunction = Callable[[torch.Generator], Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -57,7 +60,7 @@ def negative_log_likelihood(flow: nn.Module, batch: Any) -> Tensor:
 
 def fit(
     flow: nn.Module,
-    batches: BatchFunction | Iterable[Any],
+    batches: BatchFunction | Iterable[Any] | Tensor,
     *,
     steps: int,
     optimizer: Optimizer,
@@ -65,6 +68,7 @@ def fit(
     penalty: float = 0.0,
     scheduler: LRScheduler | None = None,
     loss: Loss = negative_log_likelihood,
+    batch_size: int = 256,
     generator: torch.Generator | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1000,
@@ -75,15 +79,18 @@ def fit(
 
     Args:
         flow: the module to train; its train/eval mode is put back at the end.
-        batches: a function of a `torch.Generator` that returns the next batch, or an iterable of
-            batches (a `DataLoader`), which is started again whenever it is exhausted.
+        batches: a function of a `torch.Generator` that returns the next batch; an iterable of
+            batches (a `DataLoader`), which is started again whenever it is exhausted; or all data
+            as one tensor of rows, which are shuffled in each epoch.
         steps: number of gradient steps in all, those before a resume included.
-        optimizer: trains the flow's parameters; not `LBFGS`, whose step needs a closure.
+        optimizer: trains the flow's parameters; `LBFGS` takes all its evaluations of a step from
+            one batch.
         hook: the `MergeHook` of the flow; it is saved and shown, and merges by itself. None: the
             one that the flow has, or a new one where the flow has P4 layers. False: none.
         penalty: strength C_p of the hook's penalty, added to the loss.
         scheduler: learning-rate schedule, stepped after every gradient step.
         loss: function of (flow, batch) that returns a scalar; −log-likelihood by default.
+        batch_size: rows of a batch, where `batches` is a tensor; over all processes together.
         generator: passed to `batches`; by default one that starts from torch's global seed.
         checkpoint: file that takes flow, optimizer, scheduler, hook and random state together. The
             one before it stays as `checkpoint.previous`; each is written aside, synchronised to the
@@ -95,11 +102,18 @@ def fit(
             torch's global random state or by its own `generator`.
         progress: whether to show a progress bar with the loss and the merge counts.
 
+    Where torch.distributed has several processes, all of them call `fit` with the flow itself, not
+    wrapped: the first one's parameters are given to all, gradients are averaged, the loss is the
+    mean, a hook compares the processes before each merge, and the first alone shows progress and
+    writes the checkpoint, which all read. A function of a generator returns the batch of its
+    process; a run goes on with another number of processes, unless batches come from an iterable.
+
     Returns:
         A `FitResult`.
 
     Raises:
-        TypeError: when steps or checkpoint_every is not an int, or batches is neither.
+        TypeError: when steps or checkpoint_every is not an int, batches is none of these, or the
+            flow is wrapped in `DistributedDataParallel`.
         ValueError: when one is not positive, the batches run out, a penalty is asked for without a
             hook, or the checkpoint is damaged, of another architecture, another optimizer, other
             settings of the hook or beyond `steps` (nothing has been overwritten then).
@@ -130,10 +144,21 @@ def fit(
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed())
 
-    run = _Run(flow, optimizer, scheduler, hook, generator, _source(batches))
+    if isinstance(flow, DistributedDataParallel):
+        raise TypeError("flow must not be wrapped: fit averages the gradients of processes itself")
+    group = world()
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+    if group is not None:
+        spread(flow, group)
+        generator = _common(generator, group)
+        if hook is not None and hook.process_group is None:
+            hook.compare(group)
+
+    source = source_of(batches, batch_size, rank, ranks)
+    run = _Run(flow, optimizer, scheduler, hook, generator, source)
     run.settings["penalty"] = penalty
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
+    if path is not None and rank == 0:
         try_folder(path)
     resumed: Path | None = None
     if not isinstance(resume, bool):
@@ -146,18 +171,28 @@ def fit(
 
     was_training = flow.training
     flow.train()
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        value = objective = loss(flow, batch)
+        if hook is not None and penalty != 0.0:
+            objective = value + hook.penalty(penalty)
+        optimizer.zero_grad()
+        objective.backward()
+        if group is not None:
+            average_gradients(flow.parameters(), group)
+        return value, objective
+
     begin = time.perf_counter() - run.seconds
     try:
-        with tqdm(total=steps, initial=run.step, disable=not progress, unit="step") as bar:
+        hidden = not progress or rank > 0
+        with tqdm(total=steps, initial=run.step, disable=hidden, unit="step") as bar:
             while run.step < steps:
-                batch = run.source(generator)
-                value = objective = loss(flow, batch)
-                if hook is not None and penalty != 0.0:
-                    objective = value + hook.penalty(penalty)
-                optimizer.zero_grad()
-                objective.backward()
-                number = _checked(value, objective, flow, optimizer, run.step, last_good)
-                optimizer.step()
+                batch = run.source(generator, run.step)
+                number = _checked(*evaluate(), flow, optimizer, run.step, last_good, group)
+                if isinstance(optimizer, LBFGS):
+                    optimizer.step(lambda: evaluate()[1])
+                else:
+                    optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
                 run.losses.append(number)
@@ -166,10 +201,13 @@ def fit(
                 if run.step % _SHOW_EVERY == 0 or run.step == steps:
                     bar.set_postfix(_shown(number, hook), refresh=False)
                 if path is not None and (run.step % checkpoint_every == 0 or run.step == steps):
-                    run.save(path)
+                    if rank == 0:
+                        run.save(path)
                     last_good = path, run.step
     finally:
         flow.train(was_training)
+    if group is not None:
+        dist.barrier(group)  # the last checkpoint is there when any of them returns
     return FitResult(torch.tensor(run.losses, dtype=torch.float64), run.seconds)
 
 
@@ -183,7 +221,7 @@ class _Run:
         scheduler: LRScheduler | None,
         hook: MergeHook | None,
         generator: torch.Generator,
-        source: "_FunctionSource | _IterableSource",
+        source: Source,
     ) -> None:
         # The source first: when it cannot go on, nothing else has been loaded yet.
         self.parts: dict[str, Any] = {"source": source, "flow": flow, "optimizer": optimizer}
@@ -299,6 +337,15 @@ def _settings(flow: nn.Module, hook: MergeHook | None) -> dict[str, Any]:
     return settings
 
 
+def _common(generator: torch.Generator, group: "dist.ProcessGroup") -> torch.Generator:
+    """A generator in the state that the first process has its own in."""
+    state = generator.get_state()
+    dist.broadcast(state, dist.get_global_rank(group, 0), group)
+    common = torch.Generator(generator.device)
+    common.set_state(state)
+    return common
+
+
 def _hook_of(flow: nn.Module, optimizer: Optimizer) -> MergeHook | None:
     """The hook that merges the flow's P4 layers in the steps of the optimizer, made if need be."""
     known = held(optimizer)
@@ -319,92 +366,6 @@ def _layout(state_dict: dict[str, Any]) -> dict[str, str]:
     }
 
 
-class _FunctionSource:
-    """Batches from a function of a generator: the generator's state is all there is to save."""
-
-    def __init__(self, function: BatchFunction) -> None:
-        self.function = function
-
-    def __call__(self, generator: torch.Generator) -> Any:
-        return self.function(generator)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        pass
-
-
-class _IterableSource:
-    """Batches from an iterable, again and again; resumes by replaying the epoch it was in."""
-
-    def __init__(self, iterable: Iterable[Any]) -> None:
-        self.iterable = iterable
-        self.iterator: Iterator[Any] | None = None
-        self.position = 0
-        self.epoch_random = self._random()
-
-    def __call__(self, generator: torch.Generator) -> Any:
-        if self.iterator is None:
-            self._start_epoch()
-        try:
-            batch = self._next()
-        except StopIteration:
-            self._start_epoch()
-            try:
-                batch = self._next()
-            except StopIteration:
-                raise ValueError(
-                    "batches ran out: pass an iterable that can be started again, or a function"
-                ) from None
-        return batch
-
-    def _start_epoch(self) -> None:
-        self.epoch_random = self._random()
-        self.iterator = iter(self.iterable)
-        self.position = 0
-
-    def _random(self) -> list[Tensor]:
-        """The random states that a DataLoader shuffles by: its own generator's, torch's global."""
-        return [generator.get_state() for generator in self._generators()]
-
-    def _generators(self) -> list[torch.Generator]:
-        own = getattr(self.iterable, "generator", None)
-        return [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
-
-    def _next(self) -> Any:
-        assert self.iterator is not None
-        batch = next(self.iterator)
-        self.position += 1
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "epoch_random": self.epoch_random}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for generator, state in zip(self._generators(), state_dict["epoch_random"], strict=True):
-            generator.set_state(state)
-        self._start_epoch()
-        for _ in range(state_dict["position"]):
-            try:
-                self._next()
-            except StopIteration:
-                raise ValueError(
-                    f"batches end before the {state_dict['position']} that the checkpoint had "
-                    "taken: resume with the same data"
-                ) from None
-
-
-def _source(batches: BatchFunction | Iterable[Any]) -> _FunctionSource | _IterableSource:
-    if callable(batches):
-        return _FunctionSource(batches)
-    if isinstance(batches, Iterable):
-        return _IterableSource(batches)
-    raise TypeError(
-        f"batches must be a function of a generator or an iterable, got {type(batches).__name__}"
-    )
-
-
 def _shown(loss: float, hook: MergeHook | None) -> dict[str, Any]:
     shown: dict[str, Any] = {"loss": f"{loss:.4f}"}
     if hook is not None:
@@ -421,14 +382,15 @@ def _checked(
     optimizer: Optimizer,
     step: int,
     last_good: tuple[Path, int] | None,
+    group: "dist.ProcessGroup | None",
 ) -> float:
     """The loss as a number; an error when it, the penalty or a gradient is not finite.
 
     All of them travel to the host together: one synchronisation a step.
     """
     gradients: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for parameters in optimizer.param_groups:
+        for parameter in parameters["params"]:
             gradient = parameter.grad
             if gradient is not None:
                 entries = gradient._values() if gradient.is_sparse else gradient
@@ -440,7 +402,12 @@ def _checked(
         one = torch.ones((), device=device)
         torch._amp_foreach_non_finite_check_and_unscale_(entries_there, found_there, one)
         found = found + found_there.to(found.device)
-    loss, total, broken = torch.stack([value.detach(), objective.detach(), found]).tolist()
+    numbers = torch.stack([value.detach(), objective.detach(), found])
+    if group is not None:
+        # Means over the processes, so that all of them stop or none.
+        dist.all_reduce(numbers, dist.ReduceOp.SUM, group)
+        numbers /= dist.get_world_size(group)
+    loss, total, broken = numbers.tolist()
     if not math.isfinite(total):
         raise FloatingPointError(_not_finite(f"loss is {total}", step, last_good))
     if broken:

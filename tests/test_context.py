@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.func import jacrev, vmap
+from transforms.registry import move
 
 from p4flows import MergeHook, bent_stacked_flow, fit, realnvp_flow, spline_flow
 from p4flows.transforms import AffineCoupling, SplineCoupling
@@ -77,6 +78,33 @@ def test_a_context_that_does_not_fit_is_refused(build):
         conditional.log_prob(x, context=torch.randn(3, 4))
     with pytest.raises(ValueError, match="context_features must not be negative"):
         build(context_features=-1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_flow_without_nets_refuses_a_context(fused):
+    flow = bent_stacked_flow(2, 1, fused=fused)
+    x, context = torch.randn(3, 2), torch.randn(3, 4)
+    for call in (
+        lambda: flow.log_prob(x, context=context),
+        lambda: flow.sample(5, context=context),
+        lambda: flow.sample_and_log_prob(5, context=context),
+        lambda: flow.transform_to_noise(x, context=context),
+    ):
+        with pytest.raises(ValueError, match="context came to a flow whose layers have no nets"):
+            call()
+    assert flow.log_prob(x).shape == (3,) and flow.sample(5).shape == (5, 2)
+
+
+def test_samples_have_the_density_of_their_context():
+    flow = spline_flow(3, 1, circular=[1], hidden=(8,), context_features=2).double()
+    move(flow)
+    context = torch.randn(4, 2).double()
+    samples, log_prob = flow.sample_and_log_prob(6, context=context)
+    assert samples.shape == (4, 6, 3) and log_prob.shape == (4, 6)
+    found = flow.log_prob(samples.flatten(0, 1), context=context.repeat_interleave(6, 0))
+    torch.testing.assert_close(found.reshape(4, 6), log_prob)
+    other = flow.log_prob(samples.flatten(0, 1), context=context.flip(0).repeat_interleave(6, 0))
+    assert not torch.allclose(other, found, atol=0.1)
 
 
 def test_parameters_without_a_context_are_as_before():

@@ -1,5 +1,6 @@
 """What the package promises as a whole: its names, light imports, types."""
 
+import ast
 import importlib.resources
 import re
 import subprocess
@@ -65,3 +66,63 @@ def test_version_is_the_cited_one():
 
 def test_types_ship():
     assert importlib.resources.files("p4flows").joinpath("py.typed").is_file()
+
+
+def modules_loaded_by(code):
+    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_a_weight_of_any_module_needs_torch_alone():
+    code = (
+        "import torch, p4flows; layer = p4flows.orthogonal(torch.nn.Linear(3, 3)); "
+        "p4flows.MergeHook(layer); p4flows.diagnose(layer, show=False)"
+    )
+    assert not {"nflows", "matplotlib", "tensorboard"} & modules_loaded_by(code)
+    assert "nflows" in modules_loaded_by("import p4flows; p4flows.P4InvTransform")
+
+
+def test_all_names_are_listed_and_others_missed():
+    assert set(p4flows.__all__) <= set(dir(p4flows))
+    with pytest.raises(AttributeError, match="has no attribute 'P4Inv'"):
+        _ = p4flows.P4Inv
+
+
+# What a room may import, from the ground up; a room without an entry may import everything below.
+ROOMS = [
+    {"arguments", "linalg", "draws"},
+    {"matrices"},
+    {"attaching", "merge_stats", "optimizer_entry", "optimizer_state", "ranks", "averaging"},
+    {"merging", "parametrize", "diagnosis"},
+    {"batches", "checkpoints", "training"},
+    {"transforms", "base_distribution"},
+    {"builders", "conversion", "toy"},
+    {"bgflow", "zuko", "freia", "molecules"},
+]
+# The one host of the core; nothing above it may be needed for torch's own modules.
+TORCH_ALONE = {room for rooms in ROOMS[:5] for room in rooms}
+
+
+def rooms_imported(file):
+    """Of the package, when the file is imported; what functions import later does not count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("p4flows."):
+            yield node.module.split(".")[1]
+
+
+def test_no_import_points_upwards():
+    package = ROOT / "p4flows"
+    level = {room: index for index, rooms in enumerate(ROOMS) for room in rooms}
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        assert room in level, f"{room} has no place among the rooms"
+        for other in rooms_imported(file):
+            assert level[other] <= level[room], f"{file.name} imports {other}"
+        if room in TORCH_ALONE:
+            assert "nflows" not in re.findall(
+                r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), flags=re.M
+            )

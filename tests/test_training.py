@@ -673,7 +673,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
         (
             {"batches": 3},
             TypeError,
-            "batches must be a function of a generator or an iterable, got",
+            "batches must be a function of a generator, an iterable or a tensor of rows, got",
         ),
         (
             {"batches": []},

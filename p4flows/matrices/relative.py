@@ -10,6 +10,7 @@ where the inverse reverses the sign of the last three; ln|det Ã| adds v G⁻ᵀ
 Neither the forward pass nor its gradient needs A⁻¹.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from p4flows.matrices.perturbation import (
     logabsdet_perturbed,
 )
 
-# Adam moves every entry of u by its learning rate η at most, so that a step turns a matrix of n
-# dimensions by up to η·n·scale, whatever the rank. Rates that suit the layers around it (1e-3 to
-# 1e-2) suit a matrix of up to so many dimensions; beyond, v is shorter (benchmarks/learning.py).
+# Adam moves every entry of u by its learning rate η, so that a step turns a matrix of n dimensions
+# by η·√n·scale where signs are random, whatever the rank. Rates that suit the layers around it
+# (1e-3 to 1e-2) suit a matrix of up to so many dimensions; beyond, v is shorter
+# (benchmarks/learning.py).
 _UNSCALED_UP_TO = 48
 
 
@@ -207,8 +209,8 @@ class Relative(Perturbation):
     solve_rows = staticmethod(Solve.apply)
 
     def scale(self, size: int) -> float:
-        """min(1, 48/n): one learning rate serves all sizes, and the layers around as well."""
-        return min(1.0, _UNSCALED_UP_TO / size)
+        """min(1, √(48/n)): one learning rate serves all sizes, and the layers around as well."""
+        return min(1.0, math.sqrt(_UNSCALED_UP_TO / size))
 
     def right_factor(self, frozen: Tensor, v: Tensor) -> Tensor:
         """Aᵀv."""

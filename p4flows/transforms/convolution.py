@@ -16,7 +16,8 @@ class P4OneByOneConvolution(P4InvTransform):
 
     Args:
         channels: n.
-        **options: those of `P4InvTransform`.
+        **options: those of `P4InvTransform`; with init=`OneByOneConvolution` of nflows its
+            permutation is taken over as well.
 
     Raises:
         TypeError: when an argument has the wrong type.

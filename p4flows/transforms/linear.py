@@ -171,6 +171,29 @@ class PerturbedLinear(Linear):
         return (*self.matrix.parameters(), *self.matrix.buffers())
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The matrix that a linear layer of nflows' kind applies.
+
+    Args:
+        layer: has `weight()`, and `permutation` before it where it is a `OneByOneConvolution`.
+
+    Returns:
+        A of y = A x + b, shape `(features, features)`.
+
+    Example:
+        >>> from nflows.transforms import OneByOneConvolution
+        >>> layer = OneByOneConvolution(3)
+        >>> images = torch.randn(5, 3, 1, 1)
+        >>> expected = images.flatten(1) @ weight_of(layer).mT
+        >>> torch.allclose(layer(images)[0].flatten(1), expected, atol=1e-6)
+        True
+    """
+    weight: Tensor = layer.weight()  # type: ignore[operator]
+    permutation = getattr(layer, "permutation", None)
+    # Its inverse takes the columns to where the channels came from.
+    return weight if permutation is None else permutation.inverse(weight)[0]
+
+
 class P4InvTransform(PerturbedLinear):
     """Linear layer with a free invertible matrix, trained by P4Inv updates (Section 2.3).
 
@@ -182,7 +205,7 @@ class P4InvTransform(PerturbedLinear):
         features: n.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
         init: "identity", "reverse" (antidiagonal ones), a tensor of shape `(n, n)`, which gives
-            dtype and device, or another nflows `Linear`, whose weight and bias are taken over.
+            dtype and device, or another nflows `Linear`, whose matrix and bias are taken over.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
         bounds: when a merge is accepted.
@@ -226,7 +249,7 @@ class P4InvTransform(PerturbedLinear):
     ) -> None:
         check_positive_int("features", features)
         other = init if isinstance(init, Linear) else None
-        weight = init if other is None else other.weight()
+        weight = init if other is None else weight_of(other)
         matrix = InvertibleMatrix(
             features,
             rank=rank,

@@ -31,6 +31,19 @@ def test_both_directions_and_jacobian(shape):
     torch.testing.assert_close(logabsdet[0], expected)
 
 
+def test_is_a_node_of_a_graph():
+    """Also of one with conditions, which it ignores."""
+    torch.manual_seed(0)
+    start, condition = framework.InputNode(4), framework.ConditionNode(2)
+    node = framework.Node(start, P4Module, {"init": "reverse"}, conditions=condition)
+    graph = framework.GraphINN([start, condition, node, framework.OutputNode(node)])
+    x, c = torch.randn(5, 4), torch.randn(5, 2)
+    z, logabsdet = graph(x, c=c)
+    torch.testing.assert_close(z, x.flip(1))
+    assert logabsdet.shape == (5,) and not logabsdet.any()
+    torch.testing.assert_close(graph(z, c=c, rev=True)[0], x)
+
+
 def test_trains_between_couplings():
     torch.manual_seed(0)
 

@@ -7,6 +7,7 @@ pytest.importorskip("zuko", reason="needs the extra `integrations`")
 
 from zuko.distributions import DiagNormal
 from zuko.flows import Flow, UnconditionalDistribution
+from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.spline import NSF
 
 from p4flows import MergeHook, PerturbedMatrix
@@ -40,6 +41,19 @@ def test_is_a_transform_of_torch_distributions():
     jacobian = torch.autograd.functional.jacobian(transform, x[0, 0])
     torch.testing.assert_close(ladj[0, 0], torch.linalg.slogdet(jacobian).logabsdet)
     torch.testing.assert_close(moved().inv()(y), x)
+
+
+def test_stands_in_a_conditional_flow():
+    """At a batch of contexts, which the couplings around it see and it ignores."""
+    torch.manual_seed(0)
+    coupling = GeneralCouplingTransform(3, context=2)
+    transform = P4Transform(3, init=torch.tensor([[2.0, 0, 0], [1.0, 0.5, 0], [0, 1.0, 3.0]]))
+    flow = flow_of(coupling, transform, transform.inv, transform)
+    context = torch.randn(5, 2)
+    samples, log_prob = flow(context).rsample_and_log_prob((4,))
+    assert samples.shape == (4, 5, 3) and log_prob.shape == (4, 5)
+    torch.testing.assert_close(flow(context).log_prob(samples), log_prob, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(flow(context + 1.0).log_prob(samples), log_prob)
 
 
 def test_trains_in_a_flow_with_other_transforms():

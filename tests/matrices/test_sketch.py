@@ -67,8 +67,9 @@ def test_directions_of_the_relative_perturbation_are_orthogonal_and_second_momen
 
 def test_v_is_shorter_in_many_dimensions():
     lengths = [torch.linalg.matrix_norm(InvertibleMatrix(n).v, 2).item() for n in (8, 32, 64, 256)]
-    # √(n/k)·min(1, 48/n) with k = 8, 32, 64, 128.
-    assert lengths == pytest.approx([1.0, 1.0, 0.75, math.sqrt(2) * 3 / 16], rel=1e-6)
+    # √(n/k)·min(1, √(48/n)) with k = 8, 32, 64, 128.
+    expected = [1.0, 1.0, math.sqrt(0.75), math.sqrt(2 * 3 / 16)]
+    assert lengths == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()

@@ -48,6 +48,23 @@ class Pixels(Transform):
         return outputs.reshape(inputs.shape), logabsdet
 
 
+class AtContext(Transform):
+    """A conditional transform of rows at one context, so that the same is asked of it."""
+
+    context: Tensor
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform, self.features = transform, transform.features
+        self.register_buffer("context", torch.linspace(-1.0, 0.5, transform.context_features))
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform(inputs, self.context.expand(len(inputs), -1))
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(inputs, self.context.expand(len(inputs), -1))
+
+
 Constructor = Callable[[], Transform]
 
 START = torch.tensor([[0.5, -1.0], [3.0, 0.2]], dtype=torch.float64)
@@ -57,6 +74,7 @@ PAPER = {"rank": 1, "perturbation": "additive"}
 CONSTRUCTORS: dict[str, Constructor] = {
     "AffineCoupling": lambda: AffineCoupling(4, hidden=(5, 5)),
     "AffineCoupling-odd": lambda: AffineCoupling(3, hidden=(5,)),
+    "AffineCoupling-context": lambda: AtContext(AffineCoupling(4, (5, 5), context_features=2)),
     "BentIdentity": BentIdentity,
     "BentStack": lambda: BentStack(2, blocks=2),
     "BentStack-paper": lambda: BentStack(2, blocks=2, **PAPER),
@@ -83,6 +101,9 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "P4InvTransform-tensor-paper": lambda: P4InvTransform(2, init=START, **PAPER),
     "P4OneByOneConvolution": lambda: Pixels(P4OneByOneConvolution(3), (3, 2, 1)),
     "P4OneByOneConvolution-paper": lambda: Pixels(P4OneByOneConvolution(2, **PAPER), (2, 1, 2)),
+    "P4OneByOneConvolution-cache": lambda: Pixels(
+        P4OneByOneConvolution(3, using_cache=True), (3, 1, 2)
+    ),
     "P4OrthogonalTransform": lambda: P4OrthogonalTransform(3),
     "P4OrthogonalTransform-cache": lambda: P4OrthogonalTransform(3, using_cache=True),
     "P4OrthogonalTransform-nobias": lambda: P4OrthogonalTransform(3, bias=False),
@@ -90,6 +111,9 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "P4OrthogonalTransform-reverse": lambda: P4OrthogonalTransform(3, init="reverse"),
     "SplineCoupling": lambda: SplineCoupling(4, [1, 2], hidden=(5, 5), bins=4),
     "SplineCoupling-circular": lambda: SplineCoupling(5, [0, 2, 4], circular=[3, 4], hidden=(5,)),
+    "SplineCoupling-context": lambda: AtContext(
+        SplineCoupling(4, [1, 2], circular=[2], hidden=(5, 5), bins=4, context_features=2)
+    ),
     "SplineCoupling-torus": lambda: SplineCoupling(2, [1], circular=[0, 1], hidden=(5,), bins=3),
 }
 

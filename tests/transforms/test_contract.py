@@ -4,12 +4,13 @@ import pytest
 
 import p4flows.transforms
 from transforms.contract import CHECKS, build
-from transforms.registry import CONSTRUCTORS, Pixels
+from transforms.registry import CONSTRUCTORS, AtContext, Pixels
 
 
 def test_registry_holds_every_public_transform():
     made = [constructor() for constructor in CONSTRUCTORS.values()]
-    made = [each.transform if isinstance(each, Pixels) else each for each in made]
+    wrapped = (Pixels, AtContext)
+    made = [each.transform if isinstance(each, wrapped) else each for each in made]
     registered = {type(each).__name__ for each in made}
     assert registered == set(p4flows.transforms.__all__)
 

@@ -49,6 +49,19 @@ def test_takes_the_place_of_nflows():
     torch.testing.assert_close(swapped.inverse(outputs)[0], images, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [P4OneByOneConvolution, P4InvTransform])
+def test_takes_over_the_map_of_nflows(kind):
+    other = OneByOneConvolution(4, identity_init=False)
+    torch.nn.init.normal_(other.bias)
+    layer = kind(4, init=other)
+    images = torch.randn(3, 4, 1, 1)
+    expected, logabsdet = other(images)
+    inputs = images if kind is P4OneByOneConvolution else images.flatten(1)
+    outputs, found = layer(inputs)
+    torch.testing.assert_close(outputs.reshape(expected.shape), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, logabsdet, atol=1e-5, rtol=1e-5)
+
+
 def test_trains_with_a_hook_and_caches_in_eval():
     layer = P4OneByOneConvolution(3, using_cache=True)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)

@@ -1,0 +1,180 @@
+"""Several processes that train the same module: what has to be equal on all of them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from p4flows.matrices import PerturbedMatrix
+
+
+def world() -> "dist.ProcessGroup | None":
+    """All processes, where there are several; None otherwise."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def group_of(module: nn.Module) -> "dist.ProcessGroup | None":
+    """The processes among which a `DistributedDataParallel` keeps a module equal.
+
+    Args:
+        module: it, or what holds it.
+
+    Returns:
+        Its process group, or None when there is none in it.
+    """
+    for each in module.modules():
+        if isinstance(each, DistributedDataParallel):
+            return each.process_group
+    return None
+
+
+def refuse_what_cannot_merge(
+    matrices: Mapping[str, PerturbedMatrix], optimizer: Optimizer | None
+) -> None:
+    """An error where u, v or their optimizer state are not whole on each process.
+
+    Args:
+        matrices: by name.
+        optimizer: steps them; None while it is not known.
+
+    Raises:
+        TypeError: when u and v are sharded, or the optimizer shares its state out.
+    """
+    for name, matrix in matrices.items():
+        if any(hasattr(parameter, "device_mesh") for parameter in matrix.parameters()):
+            raise TypeError(
+                f"{name} is sharded (fully_shard, a DTensor), and a merge needs the whole matrix: "
+                "leave P4 layers out by fully_shard's ignored_params, or use "
+                "DistributedDataParallel"
+            )
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise TypeError(
+            "ZeroRedundancyOptimizer keeps the state of u and v on one process, and a merge has to "
+            "change it on all: use the optimizer itself for P4 layers"
+        )
+
+
+def refuse_join(module: nn.Module | None) -> None:
+    """An error inside torch's `Join`, where some processes step and others do not.
+
+    Args:
+        module: it, or what holds a `DistributedDataParallel`; None where there is none.
+
+    Raises:
+        RuntimeError: within `Join`.
+    """
+    for each in () if module is None else module.modules():
+        config = getattr(each, "_join_config", None)
+        if isinstance(each, DistributedDataParallel) and getattr(config, "enable", False):
+            raise RuntimeError(
+                "Join lets some processes stop while others step, and merge: give all of them as "
+                "many batches (DistributedSampler with drop_last=True)"
+            )
+
+
+class Comparison:
+    """Whether all processes merge the same: one reduction of a few numbers for each merge.
+
+    It goes through a group of its own, and is waited for at the next merge. A process that has
+    taken a step less is late, and to wait for it at once would be to wait for ever.
+
+    Args:
+        group: the processes. All of them have to get here.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup") -> None:
+        self._group = dist.new_group(
+            dist.get_process_group_ranks(group), use_local_synchronization=True
+        )
+        self._pending: tuple[Any, Tensor, list[str]] | None = None
+
+    @torch.no_grad()
+    def start(self, matrices: Mapping[str, PerturbedMatrix], steps: int) -> None:
+        """Look at the comparison before, and start the next one.
+
+        Args:
+            matrices: about to be merged, by name.
+            steps: that this process has counted.
+
+        Raises:
+            RuntimeError: on all processes, when one differed at the merge before; it names what.
+        """
+        self.finish()
+        device = next(iter(matrices.values())).frozen.device
+        names = ["the count of steps"]
+        rows = [torch.tensor(float(steps), dtype=torch.float64, device=device)]
+        for name, matrix in matrices.items():
+            for part in ("u", "v", "frozen", "seed"):
+                names.append(f"{name}.{part}")
+                rows.append(_fingerprint(getattr(matrix, part)))
+        # NaN would be equal to nothing, on the process that has it too.
+        own = torch.nan_to_num(torch.stack(rows), nan=-1.0, posinf=-2.0, neginf=-3.0)
+        extremes = torch.stack([own, -own])
+        work = dist.all_reduce(extremes, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._pending = work, extremes, names
+
+    def finish(self) -> None:
+        """Wait for the comparison that was started.
+
+        Raises:
+            RuntimeError: as `start`.
+        """
+        if self._pending is None:
+            return
+        (work, extremes, names), self._pending = self._pending, None
+        work.wait()
+        spreads = (extremes[0] + extremes[1]).tolist()
+        differing = [name for name, off in zip(names, spreads, strict=True) if off]
+        if differing:
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise RuntimeError(
+                f"processes have drifted apart in {', '.join(differing[:3])}{more}: give each the "
+                "same state at the start, average gradients in every step, and skip a step on all "
+                "or on none"
+            )
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """A number that two tensors share when they are equal, and hardly otherwise."""
+    flat = tensor.detach().double().flatten()
+    weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+    return torch.dot(flat, torch.sin(weights))
+
+
+@torch.no_grad()
+def spread(module: nn.Module, group: "dist.ProcessGroup") -> None:
+    """Give every process the parameters and buffers of the first.
+
+    Args:
+        module: of the same structure on all of them.
+        group: the processes.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], group: "dist.ProcessGroup") -> None:
+    """Replace gradients by their mean over the processes, by one reduction for each dtype.
+
+    Args:
+        parameters: those without a gradient are left out; it is missing on all processes or none.
+        group: the processes.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, dist.ReduceOp.SUM, group)
+        flat /= dist.get_world_size(group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))

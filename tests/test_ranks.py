@@ -1,0 +1,259 @@
+"""Several processes, started by torch's spawn with gloo: fit, DistributedDataParallel, drift.
+
+What a process finds is written to a file, because one that ends while another still talks to it may
+be torn down with an error.
+"""
+
+import pickle
+import time
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from p4flows import MergeHook, P4InvTransform, bent_stacked_flow, fit
+
+DATA = 1.0 + 0.5 * torch.randn(64, 2, generator=torch.Generator().manual_seed(7))
+
+
+class Loss(nn.Module):
+    """DistributedDataParallel averages the gradients of what is called."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x):
+        return -self.flow.log_prob(x).mean()
+
+
+def flow_of(seed):
+    torch.manual_seed(seed)
+    return bent_stacked_flow(2, 2, rank=1)
+
+
+def state_of(flow):
+    return {name: value.clone() for name, value in flow.state_dict().items()}
+
+
+def fitted(rank, folder, steps=12, batches=DATA, resume=False, batch_size=16):
+    flow = flow_of(seed=rank)  # the first one's is given to all
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    result = fit(
+        flow,
+        batches,
+        steps=steps,
+        optimizer=optimizer,
+        hook=MergeHook(flow, optimizer, every=5),
+        batch_size=batch_size,
+        generator=torch.Generator().manual_seed(rank),
+        checkpoint=folder / "run.pt",
+        checkpoint_every=6,
+        resume=resume,
+        progress=True,
+    )
+    return state_of(flow), result.losses
+
+
+def sampled(generator):
+    return 1.0 + torch.randn(8, 2, generator=generator)
+
+
+def fit_tensor(rank, folder):
+    return fitted(rank, folder)
+
+
+def fit_function(rank, folder):
+    return fitted(rank, folder, batches=sampled)
+
+
+def fit_resumed(rank, folder):
+    return fitted(rank, folder, resume=True)
+
+
+def fit_wrapped(rank, folder):
+    flow = flow_of(0)
+    with pytest.raises(TypeError, match="flow must not be wrapped"):
+        fit(
+            DistributedDataParallel(Loss(flow)),
+            DATA,
+            steps=1,
+            optimizer=torch.optim.Adam(flow.parameters()),
+        )
+
+
+def ddp(rank, folder, spoil=lambda rank, step, flow, optimizer: True, steps=12):
+    flow = flow_of(seed=rank)
+    module = DistributedDataParallel(Loss(flow), broadcast_buffers=False)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    hook = MergeHook(module, optimizer, every=5)
+    for step in range(steps):
+        rows = torch.Generator().manual_seed(2 * step + rank)
+        optimizer.zero_grad()
+        module(1.0 + torch.randn(8, 2, generator=rows)).backward()
+        if spoil(rank, step, flow, optimizer):
+            optimizer.step()
+    return state_of(flow), hook.stats.merged
+
+
+def ddp_equal(rank, folder):
+    return ddp(rank, folder)
+
+
+def ddp_other_seeds(rank, folder):
+    def spoil(rank, step, flow, optimizer):
+        if step == 0 and rank == 1:
+            flow.state_dict()["_transform.matrix.seed"].add_(1)
+        return True
+
+    return drifts(rank, folder, spoil, r"_transform\.matrix\.seed")
+
+
+def ddp_skipped_step(rank, folder):
+    # The process that is a step behind finds that the other has gone, or is told as well.
+    what = "drifted apart in .*u" if rank == 0 else ""
+    with pytest.raises(RuntimeError, match=what):
+        ddp(rank, folder, lambda rank, step, *_: not (rank == 1 and step == 2))
+
+
+def drifts(rank, folder, spoil, what):
+    with pytest.raises(RuntimeError, match=rf"drifted apart in .*{what}"):
+        ddp(rank, folder, spoil)
+    # All of them are told: none leaves while another is on its way to the same error.
+    (folder / f"told{rank}").touch()
+    for _ in range(600):
+        if (folder / f"told{1 - rank}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the other process was not told")
+
+
+def own_flow(rank, folder):
+    """Each process may as well train a flow of its own: then nothing is compared."""
+    flow = flow_of(seed=rank)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
+    hook = MergeHook(flow, optimizer, every=5)
+    for _ in range(5 + rank):
+        optimizer.zero_grad()
+        (-flow.log_prob(DATA[:8]).mean()).backward()
+        optimizer.step()
+    assert hook.stats.merged == 4 and hook.process_group is None
+
+
+def zero_redundancy(rank, folder):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    flow = flow_of(0)
+    optimizer = ZeroRedundancyOptimizer(flow.parameters(), torch.optim.Adam)
+    with pytest.raises(TypeError, match="ZeroRedundancyOptimizer keeps the state of u and v"):
+        MergeHook(flow, optimizer)
+
+
+def sharded(rank, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = P4InvTransform(4)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(TypeError, match="matrix is sharded"):
+        MergeHook(layer)
+
+
+def join(rank, folder):
+    from torch.distributed.algorithms.join import Join
+
+    flow = flow_of(0)
+    module = DistributedDataParallel(Loss(flow))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    MergeHook(module, optimizer, every=2)
+    with pytest.raises(RuntimeError, match="Join lets some processes stop"), Join([module]):
+        for _ in range(2):
+            module(DATA[:8]).backward()
+            optimizer.step()
+
+
+def _process(rank, ranks, folder, task):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    torch.set_num_threads(1)
+    try:
+        outcome = task(rank, folder), None
+    except BaseException:
+        outcome = None, traceback.format_exc()
+    (folder / f"rank{rank}").write_bytes(pickle.dumps(outcome))
+    # Not by dist.destroy_process_group: where a process failed, the others would wait.
+
+
+def run(task, folder, ranks=2):
+    """What each process returned."""
+    (folder / "store").unlink(missing_ok=True)
+    multiprocessing.spawn(_process, (ranks, folder, task), nprocs=ranks)
+    found = [pickle.loads((folder / f"rank{rank}").read_bytes()) for rank in range(ranks)]
+    for _, error in found:
+        assert error is None, error
+    return [value for value, _ in found]
+
+
+def assert_same(states):
+    first, *others = states
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(other[name], value), name
+
+
+def trainings(rank, folder):
+    """One after the other, because a process takes longer to start than to train."""
+    found = []
+    for task in (fit_tensor, fit_function, ddp_equal):
+        (folder / task.__name__).mkdir(exist_ok=True)
+        found.append(task(rank, folder / task.__name__))
+    return found
+
+
+def refusals(rank, folder):
+    for task in (own_flow, zero_redundancy, sharded, fit_wrapped):
+        task(rank, folder)
+
+
+def test_all_ranks_end_with_the_same_numbers(tmp_path):
+    found = run(trainings, tmp_path)
+    for (first, one), (second, other) in zip(*found, strict=True):
+        assert_same([first, second])
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    # A mean of the gradients of two halves is that of the whole batch, up to rounding.
+    two, losses = found[0][0]
+    (tmp_path / "one").mkdir()
+    one, expected = fitted(0, tmp_path / "one")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
+    fitted(0, tmp_path, steps=6)
+    (state, losses), (other, _) = run(fit_resumed, tmp_path)
+    assert_same([state, other])
+    (tmp_path / "whole").mkdir()
+    _, expected = fitted(0, tmp_path / "whole")
+    assert len(losses) == 12
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", [ddp_other_seeds, ddp_skipped_step, join, refusals])
+def test_what_drifts_or_cannot_merge_is_an_error(task, tmp_path):
+    run(task, tmp_path)
+
+
+def test_batches_that_cannot_be_shared_out():
+    from p4flows.batches import source_of
+
+    with pytest.raises(ValueError, match="batch_size 15 cannot be shared out to 2"):
+        source_of(DATA, 15, 0, 2)
