@@ -74,3 +74,8 @@ def test_trains_between_couplings():
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match="dims_in must be one shape of one or three numbers"):
         P4Module([(3, 4)])
+
+
+def test_page(section):
+    names = section("FrEIA")
+    assert names["outputs"].shape == (2, 3, 8, 8) and names["logabsdet"].shape == (2,)

@@ -1,18 +1,18 @@
-"""Layers of p4flows inside normflows' models, where they need no adapter."""
+"""P4 layers among normflows' own, and in place of them; they need no adapter."""
 
+import copy
 import math
 
 import pytest
 import torch
 
-pytest.importorskip("normflows", reason="needs the extra `integrations`")
-
-import normflows
-
-from p4flows import MergeHook, P4InvTransform, P4OneByOneConvolution
+from integrations.trained import LIBRARIES_WARN, assert_right
+from p4flows import MergeHook, P4InvTransform, P4OneByOneConvolution, swap_linear
 from p4flows.transforms import AffineCoupling
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+normflows = pytest.importorskip("normflows", reason="needs the extra `integrations`")
+
+pytestmark = LIBRARIES_WARN
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +71,32 @@ def test_channels_of_images_in_a_multiscale_model():
     assert hook.stats.merged == 6
     assert found == pytest.approx(entropy, abs=0.2)
     assert model.sample(5)[0].shape == (5, 3, 2, 2)
+
+
+def test_page(section):
+    names = section("normflows")
+    model, log_prob = names["model"], names["log_prob"]
+    assert names["hook"].stats.merged == 8
+    torch.testing.assert_close(model.log_prob(names["samples"]), log_prob, atol=1e-3, rtol=1e-3)
+    assert names["loss"].item() == pytest.approx(4 * (1.42 + 0.69), abs=0.6)
+    assert_right(model)
+
+
+def test_swapped_into_a_spline_flow():
+    """As normflows' examples build them, with the matrix of each `LULinearPermute` swapped."""
+    flows = []
+    for _ in range(2):
+        flows += [normflows.flows.AutoregressiveRationalQuadraticSpline(4, 1, 8)]
+        flows += [normflows.flows.LULinearPermute(4, identity_init=False)]
+    model = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(4), flows)
+    swapped = swap_linear(copy.deepcopy(model))
+    assert all(isinstance(layer.linear, P4InvTransform) for layer in swapped.flows[1::2])
+    x = torch.randn(10, 4)
+    torch.testing.assert_close(swapped.log_prob(x), model.log_prob(x))
+
+    hook, found = trained(swapped, lambda: swapped.forward_kld(1 + 2 * torch.randn(64, 4)))
+    assert hook.stats.merged == 12
+    assert found == pytest.approx(4 * (1.42 + 0.69), abs=0.3)
+    assert_right(swapped)
+    samples, log_prob = swapped.sample(10)
+    torch.testing.assert_close(swapped.log_prob(samples), log_prob, atol=1e-3, rtol=1e-3)

@@ -73,3 +73,7 @@ def test_trains_in_a_flow_with_other_transforms():
     assert hook.stats.merged == 4
     assert sum(losses[-20:]) / 20 < losses[0] - 0.7
     assert flow().sample((7,)).shape == (7, 3)
+
+
+def test_page(section):
+    assert section("zuko")["loss"].isfinite()
