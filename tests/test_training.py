@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from nflows.distributions import StandardNormal
+from nflows.flows import Flow
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -686,3 +688,58 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         new_run().fit(**arguments)
+
+
+def test_a_tensor_of_rows_is_shuffled_in_epochs(tmp_path):
+    data = torch.arange(20.0).reshape(10, 2)
+    seen = []
+
+    def loss(flow, batch):
+        seen.append(batch[:, 0].clone())
+        return flow.weight.square().sum()
+
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    options = {"optimizer": optimizer, "loss": loss, "batch_size": 4, "progress": False}
+    file = tmp_path / "run.pt"
+    p4flows.fit(layer, data, steps=4, checkpoint=file, **options)
+    for first, second in ((0, 1), (2, 3)):  # two batches an epoch, the odd rest is left out
+        rows = torch.cat([seen[first], seen[second]])
+        assert len(rows.unique()) == 8
+    assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+    p4flows.fit(layer, data, steps=6, checkpoint=file, resume=True, **options)
+    resumed = [rows.clone() for rows in seen]
+    # As if it had not been interrupted: the order of the epochs is that of the generator.
+    seen.clear()
+    torch.manual_seed(0)
+    p4flows.fit(layer, data, steps=6, **options)
+    for interrupted, whole in zip(resumed, seen, strict=True):
+        assert torch.equal(interrupted, whole)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (torch.ones(5, 2, dtype=torch.int64), TypeError, "must be a floating-point tensor"),
+        (torch.ones(0, 2), ValueError, r"must have rows, shape \(N, ...\), got \(0, 2\)"),
+        (torch.ones(5), ValueError, "must have rows"),
+    ],
+)
+def test_a_tensor_of_something_else_is_refused(data, error, message):
+    flow = p4flows.bent_stacked_flow(2, 1)
+    with pytest.raises(error, match=message):
+        p4flows.fit(flow, data, steps=1, optimizer=torch.optim.Adam(flow.parameters()))
+
+
+def test_lbfgs_fits_a_gaussian():
+    data = torch.randn(400, 2) @ torch.tensor([[2.0, 0.0], [1.0, 0.5]]) + 3.0
+    flow = Flow(p4flows.P4InvTransform(2), StandardNormal([2]))
+    optimizer = torch.optim.LBFGS(flow.parameters(), lr=0.5, max_iter=5)
+    hook = p4flows.MergeHook(flow, optimizer, every=5)
+    result = p4flows.fit(
+        flow, data, steps=20, optimizer=optimizer, hook=hook, batch_size=400, progress=False
+    )
+    covariance = torch.cov(data.T, correction=0)
+    entropy = 0.5 * torch.logdet(2 * torch.pi * torch.e * covariance)
+    assert result.losses[-1].item() == pytest.approx(entropy.item(), abs=0.02)
+    assert hook.stats.merged == 4
