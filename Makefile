@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test integrations lint types docs dist bench stress clean
+.PHONY: help demo ala2 test integrations oldest lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ test: lint types docs  ## lint, type check, site, doctests and tests
 
 integrations: .venv-integrations/.installed  ## P4 layers in the loops of other libraries, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -p no:randomly tests/integrations
+
+oldest: .venv-oldest/.installed  ## the tests with the oldest torch, in an environment of its own
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
 lint: .venv/.installed  ## ruff: rules and format
 	$(BIN)/ruff check
@@ -49,11 +52,19 @@ stress: .venv/.installed  ## try for ten minutes what may go wrong with the numb
 	.venv-integrations/bin/python -m pip install --disable-pip-version-check -e ".[integrations]"
 	@touch $@
 
+# NumPy 2.3 no longer has what this torch was built against.
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check torch==2.4.0 "numpy<2.3" -e ".[dev]"
+	@touch $@
+
 clean:  ## remove .venv, caches and builds; results/ stays
-	rm -rf .venv .venv-integrations .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
+	'p4flows needs Python 3.11 or newer: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,docs,examples,molecules]" -c constraints.txt
 	@touch $@

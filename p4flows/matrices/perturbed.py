@@ -136,7 +136,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             raise ValueError(f"rank must be between 1 and {size} (the size), got {rank}")
         home = init.device if isinstance(init, Tensor) else None
         if device is None:
-            device = torch.get_default_device() if home is None else home
+            # get_default_device of torch 2.4 leaves out what `with torch.device` says.
+            device = torch.empty(0).device if home is None else home
         # On the CPU first: a device may be meta, where nothing can be computed or checked.
         with torch.device("cpu" if home is None else home):
             initial = _initial_matrix(size, batch_shape, init)

@@ -64,7 +64,7 @@ class BentIdentity(Transform):
 
 
 def _hypot(x: Tensor, y: float) -> Tensor:
-    return torch.hypot(x, x.new_tensor(y))
+    return torch.hypot(x, x.new_full((), y))
 
 
 def _sum_of_log_slopes(x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def test_first_order_at_the_identity(rank):
     step = torch.randn(SIZE, rank, dtype=torch.float64)
 
     def along(u):
-        return torch.func.functional_call(matrix, {"u": u})
+        return torch.func.functional_call(matrix, {"u": u}, ())
 
     jacobian = torch.autograd.functional.jacobian(along, torch.zeros_like(step))
     derivative = torch.einsum("ijuk,uk->ij", jacobian, step)
@@ -98,7 +98,7 @@ def test_gradients_of_u_and_v(rank):
 
     def function(u, v):
         parameters = {"u": u, "v": v}
-        dense = torch.func.functional_call(matrix, parameters)
+        dense = torch.func.functional_call(matrix, parameters, ())
         return dense, rows @ dense.mT, rows @ dense
 
     factors = [f.detach().clone().requires_grad_() for f in (matrix.u, matrix.v)]
