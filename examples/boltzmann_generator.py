@@ -87,9 +87,17 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(),
-    "long": Preset(steps=600, rounds=20, round_steps=250, round_samples=50_000),
+    # Rounds are worth most at the end, where the learning rate is low and the weights are good.
+    "long": Preset(replicas=10, steps=4_000, rounds=4, round_steps=250, round_samples=100_000),
     # From frames at 600 K to weights at 300 K: no simulation at 300 K is needed.
-    "cold": Preset(rounds=8, round_steps=250, round_samples=100_000, last_temperature=300.0),
+    "cold": Preset(
+        replicas=10,
+        steps=2_000,
+        rounds=8,
+        round_steps=250,
+        round_samples=100_000,
+        last_temperature=300.0,
+    ),
     "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),
 }
 
