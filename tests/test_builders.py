@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import Linear, SiLU
+from torch_versions import can_fail_on_recompile, compiles_stacks
 from transforms.registry import move, perturb
 
 from p4flows import (
@@ -161,6 +162,8 @@ def test_bad_options_are_refused():
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_log_prob_compiles_into_one_graph(name):
+    if name == "bent_stacked":
+        compiles_stacks()
     flow = FLOWS[name]()
     move(flow)
     torch.compiler.reset()
@@ -171,6 +174,9 @@ def test_log_prob_compiles_into_one_graph(name):
 
 @pytest.mark.parametrize("name", ["bent_stacked", "bent_stacked-unfused", "realnvp-p4"])
 def test_compiled_once_for_all_merges(name):
+    can_fail_on_recompile()
+    if name == "bent_stacked":
+        compiles_stacks()
     torch.manual_seed(0)
     flow = FLOWS[name]()
     move(flow)

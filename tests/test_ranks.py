@@ -156,7 +156,11 @@ def zero_redundancy(rank, folder):
 
 def sharded(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # where it was before torch 2.6
+        from torch.distributed._composable.fsdp import fully_shard
 
     layer = P4InvTransform(4)
     fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))

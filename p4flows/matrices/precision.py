@@ -14,7 +14,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def is_autocast(device: str) -> bool:
     """Whether `torch.autocast` is on; the meta device has none to ask about."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # The compiler of torch 2.4 cannot see into the former; what it compiles has autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -42,7 +42,7 @@ def slopes(unbounded: Tensor) -> Tensor:
         >>> slopes(torch.zeros(2)).tolist()
         [1.0, 1.0]
     """
-    one = torch.log(torch.expm1(unbounded.new_tensor(1.0 - _MIN_SLOPE)))
+    one = torch.log(torch.expm1(unbounded.new_full((), 1.0 - _MIN_SLOPE)))
     return _MIN_SLOPE + functional.softplus(unbounded + one)
 
 
