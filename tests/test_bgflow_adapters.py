@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from needs_bgflow import bgflow, needs_bgflow
@@ -55,6 +57,27 @@ def test_as_flow_hands_the_context_on(inverse):
     expected = direction(x.reshape(20, DIM), context.reshape(20, 2))
     torch.testing.assert_close((y.reshape(20, DIM), dlogp.reshape(20)), expected, **CLOSE)
     assert not torch.allclose(flow(x, inverse=inverse, context=context + 1.0)[0], y)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_as_flow_takes_circular_splines(inverse):
+    """Data with angles, in a Boltzmann generator of bgflow's as in the flow of ours."""
+    torch.manual_seed(0)
+    ours = p4flows.spline_flow(4, 2, circular=[1, 3], hidden=(8,)).double()
+    move(ours)
+    transform = ours._transform
+    flow = bgflow.SequentialFlow([as_flow(transform)])
+    x = ours.sample(6).detach()
+    assert x[:, [1, 3]].abs().max() <= math.pi
+    y, dlogp = flow(x, inverse=inverse)
+    torch.testing.assert_close(
+        (y, dlogp.squeeze(-1)), (transform.inverse if inverse else transform)(x), **CLOSE
+    )
+    back, minus = flow(y, inverse=not inverse)
+    turns = (back - x)[:, [1, 3]] / (2.0 * math.pi)
+    torch.testing.assert_close(turns, turns.round(), rtol=0.0, atol=1e-7)
+    torch.testing.assert_close(back[:, [0, 2]], x[:, [0, 2]], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(minus, -dlogp, rtol=1e-7, atol=1e-7)
 
 
 def test_as_flow_refuses_a_context_of_other_shape():
