@@ -56,9 +56,9 @@ SAVED_STRUCTURES = 10_000
 class Preset:
     """Everything that determines a run, but the seed and what mixes the columns.
 
-    The first `steps` learn from frames at `temperature`; the rounds of the energy-based stage go on
-    from there to `last_temperature`. Each draws `round_samples` from the flow. One learning rate
-    decays on a cosine over all of it.
+    The first `steps` learn from frames at `temperature`; `rounds` of the energy-based stage follow,
+    the first `cooling` of which go down to `last_temperature`. Each draws `round_samples` from the
+    flow. One learning rate decays on a cosine over all of it.
     """
 
     molecule: str = "alanine_dipeptide"
@@ -73,16 +73,16 @@ class Preset:
     rounds: int = 3
     round_steps: int = 200
     round_samples: int = 30_000
+    cooling: int = 1
     last_temperature: float = 600.0  # K
     samples: int = 100_000
 
     @property
     def ladder(self) -> list[float]:
-        """Temperatures of the rounds, in equal ratios from the first one to the last."""
+        """Temperatures of the rounds, in equal ratios down to the last one."""
         ratio = self.last_temperature / self.temperature
-        return [
-            self.temperature * ratio ** ((index + 1) / self.rounds) for index in range(self.rounds)
-        ]
+        steps = [min(number, self.cooling) / self.cooling for number in range(1, self.rounds + 1)]
+        return [self.temperature * ratio**step for step in steps]
 
 
 PRESETS = {
@@ -93,9 +93,10 @@ PRESETS = {
     "cold": Preset(
         replicas=10,
         steps=2_000,
-        rounds=8,
+        rounds=10,
         round_steps=250,
         round_samples=100_000,
+        cooling=6,
         last_temperature=300.0,
     ),
     "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),

@@ -30,7 +30,7 @@ def output(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setitem(example.PRESETS, "quick", TOY)
-    cold = dataclasses.replace(TOY, last_temperature=300.0)
+    cold = dataclasses.replace(TOY, rounds=3, cooling=2, last_temperature=300.0)
     monkeypatch.setitem(example.PRESETS, "cold", cold)
     monkeypatch.setattr(report, "TRANSPORTED", 20)
     yield
@@ -87,7 +87,8 @@ def test_an_interrupted_run_ends_with_the_same_numbers(output, tmp_path, monkeyp
 
 
 def test_rounds_end_at_the_last_temperature(output):
-    assert example.PRESETS["cold"].ladder == pytest.approx([600.0 / math.sqrt(2.0), 300.0])
+    ladder = example.PRESETS["cold"].ladder
+    assert ladder == pytest.approx([600.0 / math.sqrt(2.0), 300.0, 300.0])
     record = example.run("cold", "permutation", 0, output, workers=1, progress=False)
     assert [found["temperature"] for found in record["rounds"]][-1] == pytest.approx(300.0)
     # There is no simulation at 300 K to compare with.
