@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import torch
+from report import table
 
 from p4flows import InvertibleMatrix
 
@@ -63,13 +64,14 @@ def main() -> None:
     found = {(entry["size"], entry["update"]): entry for entry in rows}
 
     columns = ("merged", "corrected", "by LU")
-    heads = (f"{column}, n = {size}" for size in SIZES for column in columns)
-    print("| ln\\|G\\| |", " | ".join(heads), "|")
-    print("|---:|" + "---:|" * (len(columns) * len(SIZES)))
+    header = ["ln\\|G\\|", *(f"{column}, n = {size}" for size in SIZES for column in columns)]
+    cells = []
     for update in UPDATES:
-        entries = (found[size, update] for size in SIZES)
-        cells = (f"{e['merged']:.0e} | {e['corrected']:.0e} | {e['rebuilt']}" for e in entries)
-        print(f"| {update:+d} |", " | ".join(cells), "|")
+        cells.append([f"{update:+d}"])
+        for size in SIZES:
+            e = found[size, update]
+            cells[-1] += [f"{e['merged']:.0e}", f"{e['corrected']:.0e}", str(e["rebuilt"])]
+    print(table(header, cells, text=0))
     print(f"\nRefused because G is rounded to zero: {sum(entry['refused'] for entry in rows)}.")
     about = {"torch": torch.__version__, "dtype": "float32", "seeds": f"0–{arguments.draws - 1}"}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ".")

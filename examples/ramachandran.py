@@ -1,4 +1,4 @@
-"""A panel of φ and ψ, for the figures of molecules."""
+"""φ and ψ of a peptide in degrees: its two states, and a panel for figures."""
 
 from typing import Any
 
@@ -6,6 +6,16 @@ import numpy as np
 
 RANGE = (-180.0, 180.0)
 TICKS = (-180, -90, 0, 90, 180)
+# The two metastable states that are slowest to interchange, by φ.
+LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
+
+
+def states(torsions: np.ndarray) -> np.ndarray:
+    """0 for the left, φ < 0, 1 for the right, −1 for what is between; shape (..., 2) → (...)."""
+    phi = torsions[..., 0]
+    left = (LEFT[0] <= phi) & (phi < LEFT[1])
+    right = (RIGHT[0] <= phi) & (phi < RIGHT[1])
+    return np.where(left, 0, np.where(right, 1, -1))
 
 
 def ramachandran(

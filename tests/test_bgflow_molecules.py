@@ -1,13 +1,9 @@
 """Our mixed coordinates and energies against bgflow's, with the parts of the example."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from needs_bgflow import bgflow, needs_bgflow
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
 if bgflow is not None:
     pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
     import alanine_dipeptide_bgflow as example
