@@ -48,7 +48,8 @@ def test_every_model_gives_numbers_samples_and_a_trajectory(output, monkeypatch,
             atol=0.1,
         )
 
-    # Figure and table of these files, without a molecule.
+    # Figure and table of these files, without a molecule. Noise that a short simulation has seen.
+    monkeypatch.setattr(example, "NOISE", 1e-4)
     data = output / "data-quick-0.json"
     example.kept(data, lambda: example.data_record(problem, 0, data.with_suffix(".npz")))
     monkeypatch.setattr(example, "Problem", None)
