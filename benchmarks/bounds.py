@@ -4,9 +4,10 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
-from report import table
+from report import cells, table
 
 from p4flows import InvertibleMatrix
 
@@ -23,8 +24,8 @@ def residual(matrix: InvertibleMatrix) -> float:
 def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool] | None:
     """A merge with ln|det G| = `update` into I + N(0, 1)/√n in float32, and a correction.
 
-    Returns the residual after each and whether LU was needed; None where G is rounded to zero,
-    which is refused even when forced.
+    Returns the residual after each and whether LU was needed; None where the merge is refused even
+    when forced.
     """
     torch.manual_seed(seed)
     start = torch.eye(size) + torch.randn(size, size) * size**-0.5
@@ -42,17 +43,25 @@ def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool]
     return merged, residual(matrix), rebuilt
 
 
-def row(size: int, update: float, draws: int) -> dict[str, float]:
+def row(size: int, update: float, draws: int) -> dict[str, Any]:
     results = [merge_once(size, update, seed) for seed in range(draws)]
-    merged, corrected, rebuilt = zip(*filter(None, results), strict=True)
+    merged = [done[0] for done in results if done]
+    corrected = [done[1] for done in results if done]
     return {
         "size": size,
         "update": update,
-        "merged": statistics.median(merged),
-        "corrected": statistics.median(corrected),
-        "rebuilt": sum(rebuilt),
+        "merged": statistics.median(merged) if merged else None,
+        "corrected": statistics.median(corrected) if corrected else None,
+        "rebuilt": sum(done[2] for done in results if done) if merged else None,
         "refused": results.count(None),
     }
+
+
+COLUMNS = {
+    "merged": lambda e: f"{e['merged']:.0e}",
+    "corrected": lambda e: f"{e['corrected']:.0e}",
+    "by LU": lambda e: f"{e['rebuilt']:d}",
+}
 
 
 def main() -> None:
@@ -63,16 +72,13 @@ def main() -> None:
     rows = [row(size, update, arguments.draws) for size in SIZES for update in UPDATES]
     found = {(entry["size"], entry["update"]): entry for entry in rows}
 
-    columns = ("merged", "corrected", "by LU")
-    header = ["ln\\|G\\|", *(f"{column}, n = {size}" for size in SIZES for column in columns)]
-    cells = []
-    for update in UPDATES:
-        cells.append([f"{update:+d}"])
-        for size in SIZES:
-            e = found[size, update]
-            cells[-1] += [f"{e['merged']:.0e}", f"{e['corrected']:.0e}", str(e["rebuilt"])]
-    print(table(header, cells, text=0))
-    print(f"\nRefused because G is rounded to zero: {sum(entry['refused'] for entry in rows)}.")
+    header = ["ln\\|G\\|", *(f"{column}, n = {size}" for size in SIZES for column in COLUMNS)]
+    lines = [
+        [f"{update:+d}", *(text for size in SIZES for text in cells(found[size, update], COLUMNS))]
+        for update in UPDATES
+    ]
+    print(table(header, lines, text=0))
+    print(f"\nRefused even when forced: {sum(entry['refused'] for entry in rows)}.")
     about = {"torch": torch.__version__, "dtype": "float32", "seeds": f"0–{arguments.draws - 1}"}
     print(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
     if arguments.json:

@@ -14,9 +14,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import experiment
-from experiment import table
+from experiment import cells, table
 
-__all__ = ["fitted_exponent", "plot", "table", "write"]
+__all__ = ["cells", "fitted_exponent", "plot", "table", "write"]
 
 
 def write(stem: Path, records: list[dict[str, Any]], parts: list[str]) -> None:

@@ -108,8 +108,8 @@ COLUMNS = {
 
 def draw(stem: Path, data_file: Path, files: list[Path]) -> None:
     """STEM.png and STEM.md of the record of the data and those of the models."""
-    data = there([data_file])[data_file]
-    models = there(files)
+    data = there([data_file], beside=".npz")[data_file]
+    models = there(files, beside=".npz")
     samples = {
         record["model"]: dict(np.load(file.with_suffix(".npz"))) for file, record in models.items()
     }

@@ -316,7 +316,7 @@ def main() -> None:
     if not arguments.figures:
         run(*job, arguments.workers)
     file = record_file(*job)
-    record = there([file])[file]
+    record = there([file], beside=".npz")[file]
     figure(dict(np.load(file.with_suffix(".npz"))), record).savefig(
         file.with_suffix(".png"), dpi=150
     )

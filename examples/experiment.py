@@ -37,15 +37,21 @@ def read(file: Path) -> Record | None:
     return record if "environment" in record else None
 
 
-def there(files: Iterable[Path]) -> dict[Path, Record]:
-    """Records by file; those that are missing are named, and without any the script ends."""
-    records = {file: read(file) for file in files}
-    missing = "\n".join(f"missing: {file}" for file, record in records.items() if record is None)
-    found = {file: record for file, record in records.items() if record is not None}
+def there(files: Iterable[Path], beside: str = ".json") -> dict[Path, Record]:
+    """Records by file, of those with a file beside them that has this suffix.
+
+    What is missing is named, and without any record the script ends.
+    """
+    found, missing = {}, []
+    for file in files:
+        record = read(file)
+        if record is not None and file.with_suffix(beside).exists():
+            found[file] = record
+        else:
+            missing.append(f"missing: {file if record is None else file.with_suffix(beside)}")
     if not found:
-        raise SystemExit(f"{missing}\nnothing to draw: without --figures, the script runs it")
-    if missing:
-        print(missing, file=sys.stderr)
+        raise SystemExit("\n".join([*missing, "nothing to draw: without --figures, it is made"]))
+    print("\n".join(missing), end="\n" if missing else "", file=sys.stderr)
     return found
 
 
@@ -59,15 +65,10 @@ def write(file: Path, text: str) -> None:
 
 def environment() -> Record:
     """Command, commit, torch, processor, threads, and the load that other processes made."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": described.stdout.strip(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "torch": torch.__version__,
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -78,11 +79,9 @@ def environment() -> Record:
 
 def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def publish(file: Path, records: Sequence[Record], *parts: str) -> None:

@@ -186,7 +186,7 @@ def main() -> None:
     file = arguments.output / f"image_patches-{preset}-{seed}.json"
     if not arguments.figures:
         kept(file, lambda: run(preset, seed, file))
-    record = there([file])[file]
+    record = there([file], beside=".npz")[file]
     figure(dict(np.load(file.with_suffix(".npz")))).savefig(file.with_suffix(".png"), dpi=100)
     publish(file.with_suffix(".md"), [record], table(list(COLUMNS), [cells(record, COLUMNS)]))
     print(f"figure: {file.with_suffix('.png')}")

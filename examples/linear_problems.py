@@ -269,7 +269,7 @@ def main() -> None:
         longest_first = sorted(jobs, key=lambda job: -PROBLEMS[job[0]].size)
         in_processes(run, longest_first, arguments.workers)
 
-    found = there(record_file(*job) for job in jobs)
+    found = there((record_file(*job) for job in jobs), beside=".pt")
     lines = []
     for name in names:
         problem = PROBLEMS[name]

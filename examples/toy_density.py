@@ -308,7 +308,7 @@ def main() -> None:
         in_processes(run, jobs, arguments.workers)
 
     torch.set_num_threads(1)
-    found = there(record_file(*job) for job in jobs)
+    found = there((record_file(*job) for job in jobs), beside=".npz")
     rows = pictures(found)
     drawings = {name: figure_of_one(TARGETS[name], row) for name, row in rows.items()}
     if arguments.all:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import experiment
 import pytest
@@ -76,18 +77,27 @@ def test_an_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_named(tmp_path, capsys):
-    files = [tmp_path / f"{index}.json" for index in range(3)]
-    experiment.kept(files[1], lambda: {"value": 1})
-    assert list(experiment.there(files)) == [files[1]]
-    missing = capsys.readouterr().err.splitlines()
-    assert missing == [f"missing: {files[0]}", f"missing: {files[2]}"]
+    files = [tmp_path / f"{index}.json" for index in range(4)]
+    for file in files[1:]:
+        experiment.kept(file, lambda: {"value": 1})
+    files[3].write_text('{"value": "from before records said where"}')
+    assert list(experiment.there(files)) == files[1:3]
+    assert capsys.readouterr().err == f"missing: {files[0]}\nmissing: {files[3]}\n"
+    files[1].with_suffix(".npz").touch()
+    assert list(experiment.there(files[1:3], beside=".npz")) == [files[1]]
+    assert capsys.readouterr().err == f"missing: {tmp_path / '2.npz'}\n"
+    assert list(experiment.there(files[1:2], beside=".npz")) == [files[1]]
+    assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit, match=r"missing: .*0\.json\nnothing to draw"):
         experiment.there(files[:1])
 
 
-def work(value, fails=False):
+def work(value, fails=False, folder=None):
     if fails:
         raise ZeroDivisionError(f"job {value}")
+    if folder is not None:
+        (folder / str(value)).touch()
+        time.sleep(0.1)
     return 10 * value, torch.get_num_threads(), os.getpid()
 
 
@@ -101,9 +111,11 @@ def test_results_come_in_the_order_of_the_jobs(workers):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failed_job_surfaces(workers):
-    with pytest.raises(ZeroDivisionError, match="job 4"):
-        experiment.in_processes(work, [(3,), (4, True), (5,)], workers)
+def test_a_failed_job_surfaces_and_keeps_others_from_beginning(workers, tmp_path):
+    jobs = [(0, True), *((value, False, tmp_path) for value in range(1, 60))]
+    with pytest.raises(ZeroDivisionError, match="job 0"):
+        experiment.in_processes(work, jobs, workers)
+    assert len(list(tmp_path.iterdir())) < 59
 
 
 def test_a_line_says_where_a_table_comes_from():
