@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import bgflow
 import torch
-from report import table
+from report import measured, table
 from timing import Timing, interleaved
 from torch import nn
 from torch.optim import Adam
@@ -111,10 +111,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
 
-    print(
-        f"torch {torch.__version__}, {arguments.threads} thread(s), milliseconds a step, median "
-        "and quartiles\n"
-    )
     rows = []
     for title, case in CASES.items():
         for merging in (False, True):
@@ -131,6 +127,7 @@ def main() -> None:
             ratio = f"{ours.median / theirs.median:.3f}"
             rows.append([title, str(case.shape[0]), merges, cell(ours), cell(theirs), ratio])
     print(table(["flow", "batch", "merges", "p4flows", "bgflow", "ratio"], rows))
+    print(f"\nMilliseconds a step, median and quartiles. {measured()}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import cells, table
+from report import cells, measured, table
 
 from p4flows import InvertibleMatrix
 
@@ -79,10 +79,9 @@ def main() -> None:
     ]
     print(table(header, lines, text=0))
     print(f"\nRefused even when forced: {sum(entry['refused'] for entry in rows)}.")
-    about = {"torch": torch.__version__, "dtype": "float32", "seeds": f"0–{arguments.draws - 1}"}
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    print(f"{measured()} float32, seeds 0–{arguments.draws - 1}.")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"about": measured(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

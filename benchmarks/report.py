@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import experiment
 from experiment import cells, table
 
-__all__ = ["cells", "fitted_exponent", "plot", "table", "write"]
+__all__ = ["cells", "fitted_exponent", "measured", "plot", "table", "write"]
 
 
 def write(stem: Path, records: list[dict[str, Any]], parts: list[str]) -> None:
@@ -24,6 +24,11 @@ def write(stem: Path, records: list[dict[str, Any]], parts: list[str]) -> None:
     content = {"environment": experiment.environment(), "records": records}
     experiment.write(stem.with_suffix(".json"), json.dumps(content, indent=2))
     experiment.publish(stem.with_suffix(".md"), [content], *parts)
+
+
+def measured() -> str:
+    """Where the numbers of this call come from, as a line."""
+    return experiment.provenance([{"environment": experiment.environment()}])
 
 
 def fitted_exponent(points: dict[int, float]) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from report import table
+from report import measured, table
 from stress_faults import compiled, faults_of_fit, interrupted_merges, killed_fits, stale_backward
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -227,7 +227,7 @@ def main() -> None:
     ]
     print("\n" + table(["check", "cases", "worst", "allowed", ""], cells))
     seconds = time.perf_counter() - begin
-    print(f"\ntorch {torch.__version__}, one thread, {seconds:.0f} s")
+    print(f"\n{measured()} {seconds:.0f} s.")
     if arguments.json:
         arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     if not all(row.passed for row in rows):

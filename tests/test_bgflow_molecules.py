@@ -1,5 +1,6 @@
 """Our mixed coordinates and energies against bgflow's, with the parts of the example."""
 
+import functools
 import sys
 
 import pytest
@@ -72,6 +73,8 @@ def test_script_trains_once_and_draws_what_is_kept(tmp_path, monkeypatch, capsys
     preset = alanine_dipeptide.Preset(2, 60, steps=2, mixed_steps=1, decay=True, models=("p4inv",))
     monkeypatch.setitem(alanine_dipeptide.PRESETS, "quick", preset)
     monkeypatch.setattr(alanine_dipeptide, "SAMPLES", 50)
+    shallow = functools.partial(example.realnvp_flow, 60, 1)
+    monkeypatch.setattr(example, "realnvp_flow", lambda features, blocks, swap: shallow(swap=swap))
     # Noise that a short simulation has seen.
     monkeypatch.setattr(alanine_dipeptide, "NOISE", 1e-4)
     arguments = ["alanine_dipeptide_bgflow", "--workers", "1", "--output", str(tmp_path)]
