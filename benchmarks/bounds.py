@@ -45,16 +45,12 @@ def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool]
 
 def row(size: int, update: float, draws: int) -> dict[str, Any]:
     results = [merge_once(size, update, seed) for seed in range(draws)]
-    merged = [done[0] for done in results if done]
-    corrected = [done[1] for done in results if done]
-    return {
-        "size": size,
-        "update": update,
-        "merged": statistics.median(merged) if merged else None,
-        "corrected": statistics.median(corrected) if corrected else None,
-        "rebuilt": sum(done[2] for done in results if done) if merged else None,
-        "refused": results.count(None),
-    }
+    entry = {"size": size, "update": update, "refused": results.count(None)}
+    if done := list(filter(None, results)):
+        merged, corrected, rebuilt = zip(*done, strict=True)
+        medians = {"merged": statistics.median(merged), "corrected": statistics.median(corrected)}
+        entry |= {**medians, "rebuilt": sum(rebuilt)}
+    return entry
 
 
 COLUMNS = {

@@ -144,12 +144,12 @@ def grid(arguments: argparse.Namespace) -> None:
     names = arguments.contestants
     rates = {name: arguments.rates or CONTESTANTS[name].rates for name in names}
     run_all([(name, rate, first) for name in names for rate in rates[name]])
-    best = {name: best_rate(own(records(arguments), name), first) for name in names}
+    found = records(arguments)
+    best = {
+        name: best_rate([record for record in found if record["contestant"] == name], first)
+        for name in names
+    }
     run_all([(name, rate, seed) for name, rate in best.items() if rate for seed in others])
-
-
-def own(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [record for record in found if record["contestant"] == name]
 
 
 def records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ def records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = command_line(__doc__, "results/learning", "workers")
+    parser = command_line(__doc__, "results/learning", seed=False)
     parser.add_argument("--task", choices=list(TASKS), default="patches8")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="default: all")
     parser.add_argument("--rates", type=float, nargs="+", help="default: each contestant's grid")

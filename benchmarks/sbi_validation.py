@@ -79,7 +79,7 @@ def run(name: str, seed: int) -> Record:
 
 def main() -> None:
     """Every contestant with every seed; a run that is there is not run again."""
-    parser = command_line(__doc__, "results/sbi_validation")
+    parser = command_line(__doc__, "results/sbi_validation", seed=False, pool=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

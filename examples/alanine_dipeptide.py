@@ -17,14 +17,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mdtraj
 import numpy as np
 import torch
 from alanine_dipeptide_flows import MODELS
 from alanine_dipeptide_report import NOISE, draw, energy_numbers, kl_of_histograms
 from experiment import Record, command_line, in_processes, kept
 from nflows.flows.base import Flow
-from ramachandran import states
+from ramachandran import is_trans, states
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit
@@ -46,9 +45,6 @@ TEMPERATURE = 600.0  # K
 BATCH = 256
 SAMPLES = 20_000
 SAVED_STRUCTURES = 1_000
-# At 600 K a peptide bond turns to cis once in some 10 ns and stays so for one: the data has a few
-# such visits at most, from which nothing can be learnt. Frames with a cis bond are left out.
-PEPTIDE_BONDS = ([1, 4, 6, 8], [8, 14, 16, 18])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +83,9 @@ class Problem:
             progress=progress,
         )
         self.replicas = torch.from_numpy(replicas)
-        self.trans = torch.stack([self.is_trans(replica) for replica in self.replicas])
+        # At 600 K a peptide bond turns to cis once in some 10 ns and stays so for one: the data has
+        # a few such visits at most, from which nothing can be learnt. They are left out.
+        self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
         frames = self.replicas[:-1][self.trans[:-1]]
         self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology)
         self.features = self.coordinates(frames)[0]
@@ -98,12 +96,6 @@ class Problem:
 
     def batch(self, generator: torch.Generator) -> Tensor:
         return self.features[torch.randint(len(self.features), (BATCH,), generator=generator)]
-
-    def is_trans(self, positions: Tensor) -> Tensor:
-        """Frames whose two peptide bonds are trans."""
-        trajectory = self.molecule.trajectory(positions.numpy())
-        omega = mdtraj.compute_dihedrals(trajectory, PEPTIDE_BONDS, periodic=False)
-        return torch.from_numpy((np.abs(omega) > math.pi / 2).all(-1))
 
     def noisy(self, seed: int) -> Tensor:
         """The reference frames with each coordinate perturbed by NOISE."""
@@ -264,11 +256,9 @@ def data_record(problem: Problem, seed: int, drawn: Path) -> Record:
     }
 
 
-def parse_arguments(description: str | None, models: Collection[str]) -> argparse.Namespace:
+def parse_arguments(about: str | None, models: Collection[str]) -> argparse.Namespace:
     """The command line; without --models, those of the preset that are among the given ones."""
-    parser = command_line(
-        description, "results/alanine_dipeptide", "seed", "workers", presets=PRESETS
-    )
+    parser = command_line(about, "results/alanine_dipeptide", PRESETS)
     parser.add_argument("--models", nargs="+", choices=list(models), help="those of the preset")
     arguments = parser.parse_args()
     if arguments.models is None:

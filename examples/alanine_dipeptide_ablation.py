@@ -108,7 +108,7 @@ def tables(records: list[Record]) -> list[str]:
 
 def main() -> None:
     """Train the variants that are missing, then write the tables of those that are there."""
-    parser = command_line(__doc__, "results/alanine_dipeptide/ablation", "seed", "workers")
+    parser = command_line(__doc__, "results/alanine_dipeptide/ablation")
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--couplings", nargs="+", choices=sorted(FLOWS), default=sorted(FLOWS))
     arguments = parser.parse_args()

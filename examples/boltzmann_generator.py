@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mdtraj
 import numpy as np
 import torch
 from boltzmann_generator_report import COLUMNS, distributions, figure, merits
 from experiment import Record, cells, command_line, kept, publish, table, there
 from nflows.flows.base import Flow
+from ramachandran import is_trans
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit, spline_flow
@@ -35,7 +35,6 @@ from p4flows.molecules import (
     alanine_dipeptide,
     capped_alanines,
     effective_sample_size,
-    peptide_bonds,
     phi_psi,
     resampled,
     save_weighted,
@@ -120,7 +119,7 @@ class Problem:
         )
         self.replicas = torch.from_numpy(replicas)
         # A peptide bond turns to cis too rarely for the data to tell how often: left out.
-        self.trans = torch.stack([self._is_trans(replica) for replica in self.replicas])
+        self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
         frames = self.replicas[:-1][self.trans[:-1]]
         self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology, circular=True)
         self.features = self.coordinates(frames)[0]
@@ -137,14 +136,6 @@ class Problem:
     def torsions(self, positions: Tensor) -> np.ndarray:
         """φ and ψ in radians, shape (frames, 2)."""
         return phi_psi(self.molecule.trajectory(positions.numpy()))
-
-    def _is_trans(self, positions: Tensor) -> Tensor:
-        omega = mdtraj.compute_dihedrals(
-            self.molecule.trajectory(positions.numpy()),
-            peptide_bonds(self.molecule.topology),
-            periodic=False,
-        )
-        return torch.from_numpy((np.abs(omega) > math.pi / 2).all(-1))
 
 
 def build_flow(problem: Problem, preset: Preset, swap: str, seed: int) -> Flow:
@@ -305,9 +296,7 @@ def train(
 
 def main() -> None:
     """Run a preset and write its figure and table."""
-    parser = command_line(
-        __doc__, "results/boltzmann_generator", "seed", "workers", presets=PRESETS
-    )
+    parser = command_line(__doc__, "results/boltzmann_generator", PRESETS)
     parser.add_argument(
         "--swap", choices=("p4", "lu", "permutation", "halves"), default="p4", help="see the docs"
     )

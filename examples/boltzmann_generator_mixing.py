@@ -49,7 +49,7 @@ def summary(records: list[Record]) -> str:
 
 def main() -> None:
     """Train what is not there yet, then write the table."""
-    parser = command_line(__doc__, "results/boltzmann_generator", "workers")
+    parser = command_line(__doc__, "results/boltzmann_generator", seed=False)
     parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--swaps", nargs="+", choices=list(SWAPS), default=list(SWAPS))

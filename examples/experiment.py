@@ -127,9 +127,7 @@ def cells(record: Record, columns: dict[str, Callable[[Record], str]]) -> list[s
     return [cell(form) for form in columns.values()]
 
 
-def in_processes(
-    run: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int
-) -> list[Any]:
+def in_processes(run: Callable[..., Any], jobs: Sequence[tuple], workers: int) -> list[Any]:
     """`run(*job)` of each job, in their order, in processes of one thread each; one worker is here.
 
     Small models keep no more than one core busy. The first job that fails ends the others that have
@@ -143,9 +141,8 @@ def in_processes(
     ) as pool:
         futures = [pool.submit(run, *job) for job in jobs]
         try:
-            for future in tqdm(
-                concurrent.futures.as_completed(futures), total=len(jobs), desc="runs"
-            ):
+            finished = concurrent.futures.as_completed(futures)
+            for future in tqdm(finished, total=len(jobs), desc="runs"):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -153,23 +150,22 @@ def in_processes(
     return [future.result() for future in futures]
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "seed": {"type": int, "default": 0},
-    "workers": {"type": int, "default": 2, "help": "processes, of one thread each"},
-}
-
-
 def command_line(
-    description: str | None, output: str, *options: str, presets: Iterable[str] = ()
+    about: str | None,
+    output: str,
+    presets: Iterable[str] = (),
+    seed: bool = True,
+    pool: bool = True,
 ) -> argparse.ArgumentParser:
-    """What the command lines of the scripts have in common; options are "seed" and "workers"."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """What the command lines of the scripts have in common: with presets, a seed, a pool or not."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=raw)
     if presets:
         parser.add_argument("--preset", choices=sorted(presets), default="quick")
-    for name in options:
-        parser.add_argument(f"--{name}", **OPTIONS[name])
+    if seed:
+        parser.add_argument("--seed", type=int, default=0)
+    if pool:
+        parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--output", type=Path, default=Path(output))
     parser.add_argument(
         "--figures", action="store_true", help="run nothing: tables and figures of what is there"

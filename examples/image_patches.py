@@ -180,7 +180,8 @@ COLUMNS = {
 
 def main() -> None:
     """Train, then write figure and numbers."""
-    arguments = command_line(__doc__, "results/image_patches", "seed", presets=PRESETS).parse_args()
+    parser = command_line(__doc__, "results/image_patches", PRESETS, pool=False)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     preset, seed = arguments.preset, arguments.seed
     file = arguments.output / f"image_patches-{preset}-{seed}.json"

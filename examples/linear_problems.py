@@ -9,7 +9,6 @@ table and the numbers. A finished training run is kept; an interrupted call cont
 and --figures only draws.
 """
 
-import argparse
 import math
 import statistics
 import time
@@ -246,16 +245,11 @@ HEADER = [
 ]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = command_line(__doc__, "results/linear_problems", "workers", presets=PRESETS)
-    parser.add_argument("--problem", choices=sorted(PROBLEMS), action="append")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Train what is missing, then write figures and table of what is there."""
-    arguments = parse_arguments()
+    parser = command_line(__doc__, "results/linear_problems", PRESETS, seed=False)
+    parser.add_argument("--problem", choices=sorted(PROBLEMS), action="append")
+    arguments = parser.parse_args()
     output, preset = arguments.output, PRESETS[arguments.preset]
     names = arguments.problem or list(PROBLEMS)
     jobs = [

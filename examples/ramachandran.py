@@ -1,13 +1,25 @@
-"""φ and ψ of a peptide in degrees: its two states, and a panel for figures."""
+"""Torsions of a peptide: trans bonds, the two states of φ, a panel of φ and ψ; in degrees."""
 
 from typing import Any
 
+import mdtraj
 import numpy as np
+import torch
+from torch import Tensor
+
+from p4flows.molecules import Molecule, peptide_bonds
 
 RANGE = (-180.0, 180.0)
 TICKS = (-180, -90, 0, 90, 180)
 # The two metastable states that are slowest to interchange, by φ.
 LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
+
+
+def is_trans(molecule: Molecule, positions: Tensor) -> Tensor:
+    """Frames whose peptide bonds are all trans."""
+    trajectory, bonds = molecule.trajectory(positions.numpy()), peptide_bonds(molecule.topology)
+    omega = mdtraj.compute_dihedrals(trajectory, bonds, periodic=False)
+    return torch.from_numpy((np.abs(omega) > np.pi / 2).all(-1))
 
 
 def states(torsions: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ and with --tuned the same stack beyond the paper's recipe, and writes figures, a
 numbers. A run that was interrupted continues where it stopped; --figures only draws.
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable
@@ -167,21 +166,16 @@ def record_file(target: str, model: str, preset: str, seed: int, output: Path) -
 
 
 def run(
-    target_name: str,
-    model_name: str,
-    preset_name: str,
-    seed: int,
-    output: Path,
-    progress: bool = True,
+    name: str, model: str, preset: str, seed: int, output: Path, progress: bool = True
 ) -> Record:
     """Train and evaluate one model on one target; what is drawn of it is kept with its record."""
-    target, model, preset = TARGETS[target_name], MODELS[model_name], PRESETS[preset_name]
-    file = record_file(target_name, model_name, preset_name, seed, output)
+    target, file = TARGETS[name], record_file(name, model, preset, seed, output)
 
     def make() -> Record:
-        flow, record = train(target, model, preset, seed, file.with_suffix(".pt"), progress)
+        checkpoint = file.with_suffix(".pt")
+        flow, record = train(target, MODELS[model], PRESETS[preset], seed, checkpoint, progress)
         np.savez(file.with_suffix(".npz"), **drawn(flow, target, seed))
-        return record | {"preset": preset_name, **evaluate(flow, target, seed)}
+        return record | {"preset": preset, **evaluate(flow, target, seed)}
 
     return kept(file, make)
 
@@ -286,20 +280,15 @@ COLUMNS = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = command_line(__doc__, "results/toy_density", "seed", "workers", presets=PRESETS)
+def main() -> None:
+    """Train what is missing, then write figures and table of what is there."""
+    parser = command_line(__doc__, "results/toy_density", PRESETS)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--target", choices=sorted(TARGETS), default="checkerboard")
     chosen.add_argument("--all", action="store_true", help="every target, as in Figure 5")
     parser.add_argument("--compare", action="store_true", help="train the RealNVP baseline too")
     parser.add_argument("--tuned", action="store_true", help="train P4Inv by a better recipe too")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Train what is missing, then write figures and table of what is there."""
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     output, preset, seed = arguments.output, arguments.preset, arguments.seed
     targets = sorted(TARGETS) if arguments.all else [arguments.target]
     models = ["realnvp"] * arguments.compare + ["p4inv"] + ["tuned"] * arguments.tuned

@@ -148,7 +148,7 @@ def test_a_table_has_dashes_where_numbers_are_missing():
 
 
 def test_scripts_share_their_command_line():
-    parser = experiment.command_line("what it does", "results/x", "seed", presets=("quick", "long"))
+    parser = experiment.command_line("what it does", "results/x", ("quick", "long"), pool=False)
     arguments = vars(parser.parse_args(["--preset", "long", "--figures"]))
     assert json.loads(json.dumps(arguments, default=str)) == {
         "preset": "long", "seed": 0, "output": "results/x", "figures": True,
