@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 test integrations oldest lint types docs dist bench stress clean
+.PHONY: help demo ala2 figures test integrations oldest lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +12,25 @@ demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 
 ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
 	$(BIN)/python examples/boltzmann_generator.py --preset quick
+
+# A script draws where there are records: files under results/, script and options.
+drawn = $(if $(wildcard results/$(1)),$(BIN)/python examples/$(2) --figures)
+TOY := toy_density.py --all --compare --tuned
+
+figures: .venv/.installed  ## tables and figures again, from the records under results/
+	$(call drawn,toy_density/*-quick-0.json,$(TOY) --preset quick)
+	$(call drawn,toy_density/*-paper-0.json,$(TOY) --preset paper)
+	$(call drawn,linear_problems/runs/*-quick-*.json,linear_problems.py --preset quick)
+	$(call drawn,linear_problems/runs/*-paper-*.json,linear_problems.py --preset paper)
+	$(call drawn,image_patches/*-quick-0.json,image_patches.py --preset quick)
+	$(call drawn,image_patches/*-long-0.json,image_patches.py --preset long)
+	$(call drawn,alanine_dipeptide/data-quick-0.json,alanine_dipeptide.py --preset quick)
+	$(call drawn,alanine_dipeptide/data-paper-0.json,alanine_dipeptide.py --preset paper)
+	$(call drawn,alanine_dipeptide/data-beyond-0.json,alanine_dipeptide.py --preset beyond)
+	$(call drawn,boltzmann_generator/quick-p4-0.json,boltzmann_generator.py --preset quick)
+	$(call drawn,boltzmann_generator/long-p4-0.json,boltzmann_generator.py --preset long)
+	$(call drawn,boltzmann_generator/cold-p4-0.json,boltzmann_generator.py --preset cold)
+	$(call drawn,boltzmann_generator/tetrapeptide-p4-0.json,boltzmann_generator.py --preset tetrapeptide)
 
 test: lint types docs  ## lint, type check, site, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

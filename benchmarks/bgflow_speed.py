@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import bgflow
 import torch
+from report import measured, table
 from timing import Timing, interleaved
 from torch import nn
 from torch.optim import Adam
@@ -110,12 +111,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
 
-    print(
-        f"torch {torch.__version__}, {arguments.threads} thread(s), milliseconds a step, median "
-        "and quartiles\n"
-    )
-    print("| flow | batch | merges | p4flows | bgflow | ratio |")
-    print("|---|---:|---|---:|---:|---:|")
+    rows = []
     for title, case in CASES.items():
         for merging in (False, True):
             timings = interleaved(
@@ -127,15 +123,11 @@ def main() -> None:
                 title=title,
             )
             ours, theirs = timings["p4flows"], timings["bgflow"]
-            cells = [
-                title,
-                str(case.shape[0]),
-                "each step" if merging else "none",
-                cell(ours),
-                cell(theirs),
-                f"{ours.median / theirs.median:.3f}",
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            merges = "each step" if merging else "none"
+            ratio = f"{ours.median / theirs.median:.3f}"
+            rows.append([title, str(case.shape[0]), merges, cell(ours), cell(theirs), ratio])
+    print(table(["flow", "batch", "merges", "p4flows", "bgflow", "ratio"], rows))
+    print(f"\nMilliseconds a step, median and quartiles. {measured()}")
 
 
 if __name__ == "__main__":

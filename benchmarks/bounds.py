@@ -4,8 +4,10 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
+from report import cells, measured, table
 
 from p4flows import InvertibleMatrix
 
@@ -22,8 +24,8 @@ def residual(matrix: InvertibleMatrix) -> float:
 def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool] | None:
     """A merge with ln|det G| = `update` into I + N(0, 1)/√n in float32, and a correction.
 
-    Returns the residual after each and whether LU was needed; None where G is rounded to zero,
-    which is refused even when forced.
+    Returns the residual after each and whether LU was needed; None where the merge is refused even
+    when forced.
     """
     torch.manual_seed(seed)
     start = torch.eye(size) + torch.randn(size, size) * size**-0.5
@@ -41,17 +43,21 @@ def merge_once(size: int, update: float, seed: int) -> tuple[float, float, bool]
     return merged, residual(matrix), rebuilt
 
 
-def row(size: int, update: float, draws: int) -> dict[str, float]:
+def row(size: int, update: float, draws: int) -> dict[str, Any]:
     results = [merge_once(size, update, seed) for seed in range(draws)]
-    merged, corrected, rebuilt = zip(*filter(None, results), strict=True)
-    return {
-        "size": size,
-        "update": update,
-        "merged": statistics.median(merged),
-        "corrected": statistics.median(corrected),
-        "rebuilt": sum(rebuilt),
-        "refused": results.count(None),
-    }
+    entry = {"size": size, "update": update, "refused": results.count(None)}
+    if done := list(filter(None, results)):
+        merged, corrected, rebuilt = zip(*done, strict=True)
+        medians = {"merged": statistics.median(merged), "corrected": statistics.median(corrected)}
+        entry |= {**medians, "rebuilt": sum(rebuilt)}
+    return entry
+
+
+COLUMNS = {
+    "merged": lambda e: f"{e['merged']:.0e}",
+    "corrected": lambda e: f"{e['corrected']:.0e}",
+    "by LU": lambda e: f"{e['rebuilt']:d}",
+}
 
 
 def main() -> None:
@@ -62,19 +68,16 @@ def main() -> None:
     rows = [row(size, update, arguments.draws) for size in SIZES for update in UPDATES]
     found = {(entry["size"], entry["update"]): entry for entry in rows}
 
-    columns = ("merged", "corrected", "by LU")
-    heads = (f"{column}, n = {size}" for size in SIZES for column in columns)
-    print("| ln\\|G\\| |", " | ".join(heads), "|")
-    print("|---:|" + "---:|" * (len(columns) * len(SIZES)))
-    for update in UPDATES:
-        entries = (found[size, update] for size in SIZES)
-        cells = (f"{e['merged']:.0e} | {e['corrected']:.0e} | {e['rebuilt']}" for e in entries)
-        print(f"| {update:+d} |", " | ".join(cells), "|")
-    print(f"\nRefused because G is rounded to zero: {sum(entry['refused'] for entry in rows)}.")
-    about = {"torch": torch.__version__, "dtype": "float32", "seeds": f"0–{arguments.draws - 1}"}
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    header = ["ln\\|G\\|", *(f"{column}, n = {size}" for size in SIZES for column in COLUMNS)]
+    lines = [
+        [f"{update:+d}", *(text for size in SIZES for text in cells(found[size, update], COLUMNS))]
+        for update in UPDATES
+    ]
+    print(table(header, lines, text=0))
+    print(f"\nRefused even when forced: {sum(entry['refused'] for entry in rows)}.")
+    print(f"{measured()} float32, seeds 0–{arguments.draws - 1}.")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"about": measured(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from report import measured, table
 from torch import Tensor
 
 from p4flows.linalg import residual
@@ -118,16 +119,12 @@ def main() -> None:
         rows.append(row)
     for dtype in ("float32", "float64"):
         keys = [key for key in rows[0] if key.startswith(dtype)]
-        print(f"| {dtype} |", " | ".join(key.split()[1] for key in keys), "|")
-        print("|---|" + "---:|" * len(keys))
-        for row in rows:
-            print(f"| {row['method']} |", " | ".join(f"{row[key]:.0e}" for key in keys), "|")
-        print()
+        cells = [[row["method"], *(f"{row[key]:.0e}" for key in keys)] for row in rows]
+        print(table([dtype, *(key.split()[1] for key in keys)], cells) + "\n")
     print(", ".join(f"{row['method']}: {row['ms']:.1f} ms" for row in rows))
-    about = {"n": arguments.size, "timed n": arguments.timed_size, "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in about.items()) + ", one thread.")
+    print(f"{measured()} n = {arguments.size}, timed at {arguments.timed_size}.")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"about": measured(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

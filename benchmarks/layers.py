@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from contestants import CONTESTANTS, LINEAR, P4INV, entering, missing, training_step
-from report import described, environment, plot, table, write
+from report import plot, table, write
 from timing import CLOCKS, Timing, interleaved
 from torch import Tensor, nn
 
@@ -198,13 +198,11 @@ def main() -> None:
     clock = CLOCKS[arguments.clock]
     records = measure(arguments.sizes, arguments.batch, arguments.rounds, clock)
     weights = memory(max(arguments.sizes), arguments.batch) if arguments.memory else []
-    where = environment()
-    parts = [described(where)]
-    parts += [quantity_table(records, quantity, arguments.sizes) for quantity in QUANTITIES]
+    parts = [quantity_table(records, quantity, arguments.sizes) for quantity in QUANTITIES]
     if weights:
         parts.append(memory_table(weights))
     stem = arguments.output / f"layers-{arguments.threads}-threads"
-    write(stem, records + weights, where, "\n\n".join(parts) + "\n")
+    write(stem, records + weights, parts)
     curves: dict[str, dict[int, float]] = {}
     for record in records:
         if record["quantity"] == "step, forward":

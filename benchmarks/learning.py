@@ -11,21 +11,20 @@ made of all runs of that task and that number of steps. Seconds are those of tra
 """
 
 import argparse
-import concurrent.futures
 import functools
-import json
 import math
-import multiprocessing
-import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from experiment import command_line, in_processes, kept, publish, read
 from learning_contestants import CONTESTANTS
 from learning_data import SIZES, TASKS, Task
 from learning_report import best_rate, curves, summary
-from report import environment
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -123,20 +122,13 @@ def run(
     mnist_directory: Path | None,
 ) -> dict[str, Any]:
     """The record of a run, made now or found."""
-    file = record_file(output, task_name, steps, name, rate, seed)
-    if file.exists():
-        return json.loads(file.read_text())
-    torch.set_num_threads(1)
-    task = data(task_name, output, mnist_directory)
-    title = f"{task_name} {name} {rate:g} seed {seed}"
-    record = {"task": task_name, **train(task, name, rate, seed, steps, title)}
-    record["environment"] = environment()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved, so that a kill leaves no half a record.
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps(record) + "\n")
-    os.replace(aside, file)
-    return record
+
+    def make() -> dict[str, Any]:
+        task = data(task_name, output, mnist_directory)
+        title = f"{task_name} {name} {rate:g} seed {seed}"
+        return {"task": task_name, **train(task, name, rate, seed, steps, title)}
+
+    return kept(record_file(output, task_name, steps, name, rate, seed), make)
 
 
 def grid(arguments: argparse.Namespace) -> None:
@@ -144,76 +136,43 @@ def grid(arguments: argparse.Namespace) -> None:
     first, *others = arguments.seeds
     # Here as well, so that a missing file is noticed at once and a trajectory simulated once.
     data(arguments.task, arguments.output, arguments.mnist_dir)
-    context = multiprocessing.get_context("spawn")
-    with (
-        concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool,
-        tqdm(desc=f"{arguments.task} runs") as bar,
-    ):
 
-        def submit(name: str, rate: float, seed: int) -> concurrent.futures.Future:
-            common = arguments.output, arguments.mnist_dir
-            return pool.submit(run, arguments.task, arguments.steps, name, rate, seed, *common)
+    def run_all(runs: list[tuple[str, float, int]]) -> None:
+        which, where = (arguments.task, arguments.steps), (arguments.output, arguments.mnist_dir)
+        in_processes(run, [(*which, *found, *where) for found in runs], arguments.workers)
 
-        searches = {
-            submit(name, rate, first): name
-            for name in arguments.contestants
-            for rate in arguments.rates or CONTESTANTS[name].rates
-        }
-        bar.total = len(searches) + len(others) * len(arguments.contestants)
-        waiting = dict.fromkeys(searches)
-        left = {
-            name: sum(found == name for found in searches.values())
-            for name in arguments.contestants
-        }
-        while waiting:
-            done, _ = concurrent.futures.wait(
-                waiting, return_when=concurrent.futures.FIRST_COMPLETED
-            )
-            for future in done:
-                del waiting[future]
-                future.result()
-                bar.update()
-                name = searches.get(future)
-                if name is None:
-                    continue
-                left[name] -= 1
-                if left[name] == 0:
-                    rate = best_rate(own(read(arguments), name), first)
-                    if rate is None:
-                        bar.total -= len(others)
-                        continue
-                    waiting |= dict.fromkeys(submit(name, rate, seed) for seed in others)
+    names = arguments.contestants
+    rates = {name: arguments.rates or CONTESTANTS[name].rates for name in names}
+    run_all([(name, rate, first) for name in names for rate in rates[name]])
+    found = records(arguments)
+    best = {
+        name: best_rate([record for record in found if record["contestant"] == name], first)
+        for name in names
+    }
+    run_all([(name, rate, seed) for name, rate in best.items() if rate for seed in others])
 
 
-def own(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [record for record in records if record["contestant"] == name]
-
-
-def read(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every record of the task and this number of steps, those of earlier calls included."""
     folder = arguments.output / f"{arguments.task}-{arguments.steps}"
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return [record for file in sorted(folder.glob("*.json")) if (record := read(file))]
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "results/learning", seed=False)
     parser.add_argument("--task", choices=list(TASKS), default="patches8")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), help="default: all")
     parser.add_argument("--rates", type=float, nargs="+", help="default: each contestant's grid")
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument(
         "--quick", action="store_true", help="a look: 50 steps, two rates, one seed"
     )
-    parser.add_argument("--table", action="store_true", help="from the runs that are there")
+    parser.add_argument("--table", dest="figures", action="store_true", help="as --figures")
     parser.add_argument("--mnist-dir", type=Path, help="folder of MNIST's IDX files")
-    parser.add_argument("--output", type=Path, default=Path("results/learning"))
     arguments = parser.parse_args()
-    if arguments.task == "mnist" and arguments.mnist_dir is None and not arguments.table:
+    if arguments.task == "mnist" and arguments.mnist_dir is None and not arguments.figures:
         parser.error("--task mnist needs --mnist-dir, the folder of its IDX files")
     if arguments.quick:
         arguments.steps, arguments.seeds = 50, [0]
@@ -229,16 +188,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run what is missing, then write table and curves."""
     arguments = parse_arguments()
-    if not arguments.table:
+    if not arguments.figures:
         grid(arguments)
-    records = read(arguments)
-    if not records:
+    found = records(arguments)
+    if not found:
         raise SystemExit(f"no runs of {arguments.task}, {arguments.steps} steps: leave out --table")
     stem = arguments.output / f"{arguments.task}-{arguments.steps}"
-    text = summary(records)
-    stem.with_suffix(".md").write_text(text)
-    print(text)
-    curves(stem.with_suffix(".png"), records)
+    publish(stem.with_suffix(".md"), found, *summary(found))
+    curves(stem.with_suffix(".png"), found)
     print(f"figure: {stem.with_suffix('.png')}")
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import math
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from nflows.distributions import StandardNormal
 from nflows.flows.base import Flow
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import AffineCouplingTransform, CompositeTransform, Transform
+from photographs import Photographs
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from photographs import Photographs
 
 COUPLINGS, HIDDEN = 8, 64
 # Condition number of the mixing matrix of ICA, and the seed it is drawn from.

@@ -10,8 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from experiment import table
 from learning_contestants import CONTESTANTS, REFERENCE
-from report import table
 
 Record = dict[str, Any]
 # Excess of an ICA, in nats a dimension, below which sources are told apart: a layer that only
@@ -137,7 +137,7 @@ def quarter(run: Record) -> float:
     return min(points, key=lambda point: abs(4 * point["step"] - run["steps"]))["value"]
 
 
-def summary(records: list[Record]) -> str:
+def summary(records: list[Record]) -> list[str]:
     """The table in Markdown, with what it was measured on."""
     groups = grouped(records)
     first = records[0]
@@ -157,15 +157,11 @@ def summary(records: list[Record]) -> str:
         "diverged",
     ]
     rows = [row(own, reference, ica) for own in groups.values()]
-    seeds = sorted({record["seed"] for record in records})
-    where = first["environment"]
     note = (
-        f"`python benchmarks/learning.py --task {first['task']} --steps {steps}`, seeds "
-        f"{', '.join(map(str, seeds))}; commit {where['commit']}, torch {where['torch']}, one "
-        f"thread a run, {where['cpu']}. Mean ± half the range of the seeds at the best of the "
-        "rates in the search; *edge* marks a best rate at the end of its grid.\n"
+        "One thread a run. Mean ± half the range of the seeds at the best of the rates in the "
+        "search; *edge* marks a best rate at the end of its grid."
     )
-    return f"{note}\n{table(header, rows)}\n"
+    return [note, table(header, rows)]
 
 
 def curves(file: Path, records: list[Record]) -> None:

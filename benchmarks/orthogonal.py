@@ -123,9 +123,7 @@ def main() -> None:
         seconds = [record["seconds"] for record in records if record["layer"] == name]
         rows.append([name, *(f"{1e3 * s:.2f}" for s in seconds)])
     header = ["ms per training step, batch 256", *(f"n = {size}" for size in arguments.sizes)]
-    where = report.environment()
-    text = f"{report.described(where)}\n\n{report.table(header, rows)}\n"
-    report.write(arguments.output / "orthogonal", records, where, text)
+    report.write(arguments.output / "orthogonal", records, [report.table(header, rows)])
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,57 +12,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import experiment
+from experiment import cells, table
 
-def environment() -> dict[str, Any]:
-    """Command, commit, torch, processor, threads, and the load that other processes made."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": described.stdout.strip(),
-        "torch": torch.__version__,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
+__all__ = ["cells", "fitted_exponent", "measured", "plot", "table", "write"]
 
 
-def _cpu() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+def write(stem: Path, records: list[dict[str, Any]], parts: list[str]) -> None:
+    """STEM.json and STEM.md, whose first line says where it was measured; printed as well."""
+    content = {"environment": experiment.environment(), "records": records}
+    experiment.write(stem.with_suffix(".json"), json.dumps(content, indent=2))
+    experiment.publish(stem.with_suffix(".md"), [content], *parts)
 
 
-def described(where: dict[str, Any]) -> str:
-    """The environment as a paragraph."""
-    return (
-        f"`{where['command']}` at commit {where['commit']}: torch {where['torch']}, "
-        f"{where['threads']} threads on {where['cores']} cores ({where['cpu']}), "
-        f"load average {where['load_average']} at the end."
-    )
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write(stem: Path, records: list[dict[str, Any]], where: dict[str, Any], text: str) -> None:
-    """STEM.json and STEM.md; the text is printed as well."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": where, "records": records}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text)
+def measured() -> str:
+    """Where the numbers of this call come from, as a line."""
+    return experiment.provenance([{"environment": experiment.environment()}])
 
 
 def fitted_exponent(points: dict[int, float]) -> float:

@@ -7,15 +7,17 @@ sbi builds it (LULinear) and with its linear layers swapped; defaults of sbi thr
 Markdown table: the best validation log-probability of each seed, and the seconds of training.
 """
 
-import argparse
 import contextlib
 import io
-import json
+import re
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+import report  # puts examples/ on the path
 import torch
+from experiment import Record, command_line, kept, publish, there
 from sbi.inference import NPE
 from sbi.neural_nets.net_builders import build_nsf
 from sbi.utils import BoxUniform
@@ -53,7 +55,7 @@ CONTESTANTS = {
 }
 
 
-def run(name: str, seed: int) -> dict[str, float]:
+def run(name: str, seed: int) -> Record:
     """One training, all of whose randomness comes from the seed."""
     torch.manual_seed(seed)
     limit = torch.ones(DIMENSIONS)
@@ -67,6 +69,8 @@ def run(name: str, seed: int) -> dict[str, float]:
         inference.append_simulations(theta, x).train()
     summary = inference.summary
     return {
+        "contestant": name,
+        "seed": seed,
         "seconds": time.process_time() - begin,
         "log_prob": -summary["best_validation_loss"][-1],
         "epochs": summary["epochs_trained"][-1],
@@ -75,32 +79,32 @@ def run(name: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Every contestant with every seed; a run that is there is not run again."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "results/sbi_validation", seed=False, pool=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("results/sbi_validation.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    file = arguments.output
-    records = json.loads(file.read_text()) if file.exists() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for seed in arguments.seeds:
-        for name in CONTESTANTS:
-            key = f"{name} {seed}"
-            if key not in records:
-                records[key] = run(name, seed)
-                file.write_text(json.dumps(records, indent=2) + "\n")
-                print(key, records[key], flush=True)
-    seeds = " | ".join(f"seed {seed}" for seed in arguments.seeds)
-    print(f"\n| validation log-probability | {seeds} | CPU seconds | epochs |")
-    print("|---|" + "---:|" * (len(arguments.seeds) + 2))
+    files: dict[Path, tuple[str, int]] = {
+        arguments.output / (re.sub(r"\W+", "-", f"{name} {seed}") + ".json"): (name, seed)
+        for seed in arguments.seeds
+        for name in CONTESTANTS
+    }
+    if not arguments.figures:
+        for file, job in files.items():
+            kept(file, lambda job=job: run(*job))
+    records = list(there(files).values())
+    rows = []
     for name in CONTESTANTS:
-        found = [records[f"{name} {seed}"] for seed in arguments.seeds]
-        values = " | ".join(f"{each['log_prob']:.2f}" for each in found)
-        seconds = sum(each["seconds"] for each in found) / len(found)
-        epochs = sum(each["epochs"] for each in found) / len(found)
-        print(f"| {name} | {values} | {seconds:.0f} | {epochs:.0f} |")
+        found = {record["seed"]: record for record in records if record["contestant"] == name}
+        if found:
+            seconds, epochs = (
+                f"{statistics.mean(record[key] for record in found.values()):.0f}"
+                for key in ("seconds", "epochs")
+            )
+            values = [f"{found[s]['log_prob']:.2f}" if s in found else "–" for s in arguments.seeds]
+            rows.append([name, *values, seconds, epochs])
+    seeds = [f"seed {seed}" for seed in arguments.seeds]
+    header = ["validation log-probability", *seeds, "CPU seconds", "epochs"]
+    publish(arguments.output / "table.md", records, report.table(header, rows))
 
 
 if __name__ == "__main__":

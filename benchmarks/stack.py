@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from contestants import training_step
-from report import described, environment, fitted_exponent, table, write
+from report import fitted_exponent, table, write
 from timing import CLOCKS, Timing, interleaved
 
 from p4flows import BentStack, MergeHook
@@ -142,9 +142,7 @@ def main() -> None:
     by_blocks = steps({b: (off_identity(2, b), 200) for b in arguments.blocks}, measure, "blocks")
     by_batch = steps({n: (off_identity(2, most), n) for n in arguments.batches}, measure, "batch")
     by_size = crossover(arguments.sizes, 200, measure)
-    where = environment()
     parts = [
-        described(where),
         table([f"n = 2, {most} blocks, batch 200", "fused", "unfused", "ratio"], comparison),
         table(["blocks (n = 2, batch 200)", "step", "quartiles"], timing_rows(by_blocks)),
         table([f"batch (n = 2, {most} blocks)", "step", "quartiles"], timing_rows(by_batch)),
@@ -152,7 +150,7 @@ def main() -> None:
     ]
     if len(by_blocks) > 1:
         exponent = fitted_exponent({b: t.median for b, t in by_blocks.items()})
-        parts.insert(3, f"Fitted exponent in the number of blocks: {exponent:.2f}.")
+        parts.insert(2, f"Fitted exponent in the number of blocks: {exponent:.2f}.")
     records = [
         {"quantity": quantity, "at": key, "seconds": t.median, "low": t.low, "high": t.high}
         for quantity, timings in (("blocks", by_blocks), ("batch", by_batch))
@@ -160,7 +158,7 @@ def main() -> None:
     ]
     records += [{"quantity": "fused against unfused", "row": row} for row in comparison]
     records += [{"quantity": "dense against thin", "row": row} for row in by_size]
-    write(arguments.output / "stack", records, where, "\n\n".join(parts) + "\n")
+    write(arguments.output / "stack", records, parts)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from report import measured, table
 from stress_faults import compiled, faults_of_fit, interrupted_merges, killed_fits, stale_backward
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -219,12 +220,14 @@ def main() -> None:
         for result in tqdm(check, desc=check.__name__, unit="case", leave=False):
             if result is not None:
                 rows.append(Row(*result))
-    print("\n| check | cases | worst | allowed | |\n|---|---:|---:|---:|---|")
-    for row in rows:
-        verdict = "passed" if row.passed else "FAILED"
-        print(f"| {row.check} | {row.cases:,} | {row.worst:.3g} | {row.allowed:g} | {verdict} |")
+    verdicts = ["passed" if row.passed else "FAILED" for row in rows]
+    cells = [
+        [row.check, f"{row.cases:,}", f"{row.worst:.3g}", f"{row.allowed:g}", verdict]
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    print("\n" + table(["check", "cases", "worst", "allowed", ""], cells))
     seconds = time.perf_counter() - begin
-    print(f"\ntorch {torch.__version__}, one thread, {seconds:.0f} s")
+    print(f"\n{measured()} {seconds:.0f} s.")
     if arguments.json:
         arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     if not all(row.passed for row in rows):

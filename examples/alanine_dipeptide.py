@@ -6,25 +6,24 @@
 
 Simulates the molecule, trains flows with swaps and with P4Inv layers in their place, first by
 likelihood, then by likelihood and energy, and writes a figure, a table, the numbers and sampled
-structures as a trajectory. Simulation and training continue where an interrupted run stopped.
+structures as a trajectory. Simulation and training continue where an interrupted run stopped;
+--figures only draws.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import json
 import math
-import multiprocessing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mdtraj
 import numpy as np
 import torch
 from alanine_dipeptide_flows import MODELS
-from alanine_dipeptide_report import NOISE, energy_numbers, figure, kl_of_histograms, table
+from alanine_dipeptide_report import NOISE, draw, energy_numbers, kl_of_histograms
+from experiment import Record, command_line, in_processes, kept
 from nflows.flows.base import Flow
+from ramachandran import is_trans, states
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit
@@ -46,11 +45,6 @@ TEMPERATURE = 600.0  # K
 BATCH = 256
 SAMPLES = 20_000
 SAVED_STRUCTURES = 1_000
-# At 600 K a peptide bond turns to cis once in some 10 ns and stays so for one: the data has a few
-# such visits at most, from which nothing can be learnt. Frames with a cis bond are left out.
-PEPTIDE_BONDS = ([1, 4, 6, 8], [8, 14, 16, 18])
-# The two metastable states that are slowest to interchange, by φ in degrees.
-LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +83,9 @@ class Problem:
             progress=progress,
         )
         self.replicas = torch.from_numpy(replicas)
-        self.trans = torch.stack([self.is_trans(replica) for replica in self.replicas])
+        # At 600 K a peptide bond turns to cis once in some 10 ns and stays so for one: the data has
+        # a few such visits at most, from which nothing can be learnt. They are left out.
+        self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
         frames = self.replicas[:-1][self.trans[:-1]]
         self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology)
         self.features = self.coordinates(frames)[0]
@@ -100,12 +96,6 @@ class Problem:
 
     def batch(self, generator: torch.Generator) -> Tensor:
         return self.features[torch.randint(len(self.features), (BATCH,), generator=generator)]
-
-    def is_trans(self, positions: Tensor) -> Tensor:
-        """Frames whose two peptide bonds are trans."""
-        trajectory = self.molecule.trajectory(positions.numpy())
-        omega = mdtraj.compute_dihedrals(trajectory, PEPTIDE_BONDS, periodic=False)
-        return torch.from_numpy((np.abs(omega) > math.pi / 2).all(-1))
 
     def noisy(self, seed: int) -> Tensor:
         """The reference frames with each coordinate perturbed by NOISE."""
@@ -124,13 +114,9 @@ class Samples(NamedTuple):
     energies: Tensor
     torsions: np.ndarray
 
-
-def states(torsions: np.ndarray) -> np.ndarray:
-    """0 for the left, 1 for the right, −1 for what is between."""
-    phi = torsions[..., 0]
-    left = (LEFT[0] <= phi) & (phi < LEFT[1])
-    right = (RIGHT[0] <= phi) & (phi < RIGHT[1])
-    return np.where(left, 0, np.where(right, 1, -1))
+    def save(self, file: Path) -> None:
+        """What is drawn of them."""
+        np.savez(file, energies=self.energies.numpy(), torsions=self.torsions)
 
 
 def train(
@@ -219,35 +205,44 @@ def evaluate(problem: Problem, flow: Flow, seed: int) -> tuple[dict[str, Any], S
     return numbers, Samples(positions, energies, torsions)
 
 
+def record_file(name: str, preset: str, seed: int, output: Path) -> Path:
+    return output / f"{name}-{preset}-{seed}.json"
+
+
 def run(
-    model: str, preset_name: str, seed: int, output: Path, workers: int, progress: bool
-) -> dict[str, Any]:
-    """Train one model and write its samples; record and samples are kept beside the checkpoints."""
-    torch.set_num_threads(1)
-    stem = output / f"{model}-{preset_name}-{seed}"
-    record_file = stem.with_suffix(".json")
-    if record_file.exists():
-        return json.loads(record_file.read_text())
-    preset = PRESETS[preset_name]
-    problem = Problem(preset, output, workers, progress)
-    record, samples = train(problem, model, preset, seed, stem, progress)
-    np.savez(stem.with_suffix(".npz"), energies=samples.energies.numpy(), torsions=samples.torsions)
-    structures = problem.molecule.trajectory(samples.positions[:SAVED_STRUCTURES].numpy())
-    structures[0].save_pdb(str(stem.with_suffix(".pdb")))
-    structures.save_dcd(str(stem.with_suffix(".dcd")))
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    model: str, preset_name: str, seed: int, output: Path, workers: int, progress: bool = True
+) -> Record:
+    """Train one model; its samples are kept beside record and checkpoints."""
+    file, preset = record_file(model, preset_name, seed, output), PRESETS[preset_name]
+
+    def make() -> Record:
+        problem = Problem(preset, output, workers, progress)
+        record, samples = train(problem, model, preset, seed, file.with_suffix(""), progress)
+        samples.save(file.with_suffix(".npz"))
+        structures = problem.molecule.trajectory(samples.positions[:SAVED_STRUCTURES].numpy())
+        structures[0].save_pdb(str(file.with_suffix(".pdb")))
+        structures.save_dcd(str(file.with_suffix(".dcd")))
+        return record
+
+    return kept(file, make)
 
 
-def data_record(problem: Problem, seed: int) -> dict[str, Any]:
-    """What the simulation itself has to say, for comparison."""
+def data_record(problem: Problem, seed: int, drawn: Path) -> Record:
+    """What the simulation itself has to say, for comparison; what is drawn of it goes to a file."""
     labels = states(problem.torsions(problem.replicas.flatten(0, 1)))
     labels = np.where(problem.trans, labels.reshape(problem.trans.shape), -1)
     statistics = state_statistics(labels)
     left, right = statistics.populations
     relative = statistics.errors / statistics.populations
-    noisy = problem.noisy(seed)
+    noisy = problem.energy(problem.noisy(seed))
+    np.savez(
+        drawn,
+        energies=problem.reference_energies.numpy(),
+        noisy_energies=noisy.numpy(),
+        torsions=problem.torsions(problem.reference),
+    )
     return {
+        "seed": seed,
         "temperature": TEMPERATURE,
         "replicas": len(problem.replicas),
         "frames": labels.size,
@@ -257,20 +252,14 @@ def data_record(problem: Problem, seed: int) -> dict[str, Any]:
         "population_errors": statistics.errors.tolist(),
         "free_energy_kt": math.log(left / right),
         "free_energy_error": float(np.hypot(*relative)),
-        "noise": energy_numbers(problem.energy(noisy).double(), problem.reference_energies, seed),
+        "noise": energy_numbers(noisy.double(), problem.reference_energies, seed),
     }
 
 
-def parse_arguments(models: Collection[str]) -> argparse.Namespace:
+def parse_arguments(about: str | None, models: Collection[str]) -> argparse.Namespace:
     """The command line; without --models, those of the preset that are among the given ones."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
+    parser = command_line(about, "results/alanine_dipeptide", PRESETS)
     parser.add_argument("--models", nargs="+", choices=list(models), help="those of the preset")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("results/alanine_dipeptide"))
     arguments = parser.parse_args()
     if arguments.models is None:
         arguments.models = [name for name in PRESETS[arguments.preset].models if name in models]
@@ -278,39 +267,20 @@ def parse_arguments(models: Collection[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Simulate, train, then write figure, table, JSON and trajectories."""
-    arguments = parse_arguments(MODELS)
-    output, seed, workers = arguments.output, arguments.seed, arguments.workers
-    output.mkdir(parents=True, exist_ok=True)
+    """Simulate and train what is missing, then write figure and table of what is there."""
+    arguments = parse_arguments(__doc__, MODELS)
+    output, workers, preset = arguments.output, arguments.workers, arguments.preset
+    seed = arguments.seed
     torch.set_num_threads(1)
-    problem = Problem(PRESETS[arguments.preset], output, workers, progress=True)
-    data = data_record(problem, seed)
-    print(
-        f"{data['frames']} frames, {data['transitions']} transitions; share of φ > 0 "
-        f"{data['populations'][1]:.4f} ± {data['population_errors'][1]:.4f}"
-    )
-    # Processes, because flows of this size gain little from a second thread.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [
-            pool.submit(run, model, arguments.preset, seed, output, workers, True)
-            for model in arguments.models
-        ]
-        records = [future.result() for future in futures]
-
-    stem = output / f"alanine_dipeptide-{arguments.preset}-{seed}"
-    samples = {
-        MODELS[model].title: dict(np.load(output / f"{model}-{arguments.preset}-{seed}.npz"))
-        for model in arguments.models
-    }
-    figure(problem, samples, seed).savefig(stem.with_suffix(".png"), dpi=150)
-    command = f"python examples/alanine_dipeptide.py --preset {arguments.preset} --seed {seed}"
-    stem.with_suffix(".md").write_text(table(data, records, command))
-    stem.with_suffix(".json").write_text(
-        json.dumps({"data": data, "models": records}, indent=2) + "\n"
-    )
-    print(table(data, records, command))
-    print(f"figure: {stem.with_suffix('.png')}")
+    data = record_file("data", preset, seed, output)
+    if not arguments.figures:
+        # Here, with all the workers, before the trainings ask for it.
+        problem = Problem(PRESETS[preset], output, workers, progress=True)
+        kept(data, lambda: data_record(problem, seed, data.with_suffix(".npz")))
+        jobs = [(model, preset, seed, output, workers) for model in arguments.models]
+        in_processes(run, jobs, workers)
+    files = [record_file(model, preset, seed, output) for model in arguments.models]
+    draw(output / f"alanine_dipeptide-{preset}-{seed}", data, files)
 
 
 if __name__ == "__main__":

@@ -7,18 +7,14 @@ likelihood alone, a learning rate from 1e-3 to 0 on a cosine). Variants that are
 again.
 """
 
-import argparse
-import concurrent.futures
 import dataclasses
-import json
-import multiprocessing
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from alanine_dipeptide import PRESETS, Problem, evaluate
 from alanine_dipeptide_flows import FEATURES, Swap, affine_flow, spline_flow
+from experiment import Record, cells, command_line, in_processes, kept, publish, table, there
 from nflows.transforms import CompositeTransform, Permutation
 
 from p4flows import MergeHook, fit
@@ -51,12 +47,19 @@ VARIANTS = {
 FLOWS = {"affine": affine_flow, "spline": spline_flow}
 
 
-def run(couplings: str, name: str, steps: int, seed: int, output: Path) -> dict[str, Any]:
+def record_file(couplings: str, name: str, steps: int, seed: int, output: Path) -> Path:
+    return output / (re.sub(r"\W+", "-", f"{couplings} {name} {steps} {seed}") + ".json")
+
+
+def run(couplings: str, name: str, steps: int, seed: int, output: Path) -> Record:
     """Train one variant; its numbers, kept in a file of its own."""
-    record_file = output / (re.sub(r"\W+", "-", f"{couplings} {name} {steps} {seed}") + ".json")
-    if record_file.exists():
-        return json.loads(record_file.read_text())
-    torch.set_num_threads(1)
+    return kept(
+        record_file(couplings, name, steps, seed, output),
+        lambda: train(couplings, name, steps, seed, output),
+    )
+
+
+def train(couplings: str, name: str, steps: int, seed: int, output: Path) -> Record:
     variant = VARIANTS[name]
     problem = Problem(PRESETS["paper"], output.parent, workers=1, progress=False)
     if variant.shuffled:
@@ -81,54 +84,44 @@ def run(couplings: str, name: str, steps: int, seed: int, output: Path) -> dict[
         generator=torch.Generator().manual_seed(seed),
     )
     numbers, _ = evaluate(problem, flow, seed)
-    record = {"variant": name, **numbers}
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    return {"couplings": couplings, "variant": name, "seed": seed, **numbers}
 
 
-def table(couplings: str, records: list[dict[str, Any]]) -> str:
-    """The numbers of all variants of one kind of coupling as Markdown."""
-    lines = [
-        f"| {couplings} couplings | NLL (nats) | median shift (k_BT) | low energy | KL φ | KL ψ |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {r['variant']} | {r['nll']:.2f} | {r['median_shift']:+.2f} | "
-        f"{r['low_energy_fraction']:.1%} | {r['kl_phi']:.3f} | {r['kl_psi']:.3f} |"
-        for r in records
-    ]
-    return "\n".join(lines) + "\n"
+COLUMNS = {
+    "NLL (nats)": lambda r: f"{r['nll']:.2f}",
+    "median shift (k_BT)": lambda r: f"{r['median_shift']:+.2f}",
+    "low energy": lambda r: f"{r['low_energy_fraction']:.1%}",
+    "KL φ": lambda r: f"{r['kl_phi']:.3f}",
+    "KL ψ": lambda r: f"{r['kl_psi']:.3f}",
+}
+
+
+def tables(records: list[Record]) -> list[str]:
+    """The numbers of all variants, a table for each kind of coupling."""
+    parts = []
+    for couplings in dict.fromkeys(record["couplings"] for record in records):
+        own = [record for record in records if record["couplings"] == couplings]
+        rows = [[record["variant"], *cells(record, COLUMNS)] for record in own]
+        parts.append(table([f"{couplings} couplings", *COLUMNS], rows))
+    return parts
 
 
 def main() -> None:
-    """Train all variants, then write a table for each kind of coupling."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Train the variants that are missing, then write the tables of those that are there."""
+    parser = command_line(__doc__, "results/alanine_dipeptide/ablation")
     parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--couplings", nargs="+", choices=sorted(FLOWS), default=sorted(FLOWS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("results/alanine_dipeptide/ablation"))
     arguments = parser.parse_args()
-    output = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        futures = {
-            couplings: [
-                pool.submit(run, couplings, name, arguments.steps, arguments.seed, output)
-                for name in VARIANTS
-            ]
-            for couplings in arguments.couplings
-        }
-        tables = [
-            table(couplings, [future.result() for future in found])
-            for couplings, found in futures.items()
-        ]
-    text = "\n".join(tables)
-    (output / f"ablation-{arguments.steps}-{arguments.seed}.md").write_text(text)
-    print(text)
+    output, steps, seed = arguments.output, arguments.steps, arguments.seed
+    jobs = [
+        (couplings, name, steps, seed, output)
+        for couplings in arguments.couplings
+        for name in VARIANTS
+    ]
+    if not arguments.figures:
+        in_processes(run, jobs, arguments.workers)
+    found = list(there(record_file(*job) for job in jobs).values())
+    publish(output / f"ablation-{steps}-{seed}.md", found, *tables(found))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ bgflow's MixedCoordinateTransformation, OpenMMEnergy, BoltzmannGenerator and KLT
 layers of this library. Needs bgflow; docs/bgflow.md has the command that installs it.
 """
 
-import concurrent.futures
-import json
 import math
-import multiprocessing
 import time
 import warnings
 from pathlib import Path
@@ -29,11 +26,11 @@ from alanine_dipeptide import (
     Samples,
     data_record,
     evaluate,
-    figure,
     parse_arguments,
-    table,
+    record_file,
 )
 from alanine_dipeptide_flows import MODELS
+from alanine_dipeptide_report import draw
 from bgflow import (
     BoltzmannGenerator,
     Flow,
@@ -49,6 +46,7 @@ from bgflow import (
     TorchTransform,
     WrapFlow,
 )
+from experiment import Record, in_processes, kept
 from nflows.flows.base import Flow as NflowsFlow
 from torch import Tensor
 from torch.distributions import AffineTransform
@@ -208,45 +206,38 @@ def train(
     return record, samples
 
 
-def run(
-    model: str, preset_name: str, seed: int, output: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train one model: its record, and energies and torsions of its samples."""
-    torch.set_num_threads(1)
+def run(model: str, preset_name: str, seed: int, output: Path) -> Record:
+    """Train one model; its samples are kept beside its record."""
     warnings.simplefilter("ignore")  # of bgflow: it indexes by lists
-    preset = PRESETS[preset_name]
-    problem = BgflowProblem(preset, output, workers=1, progress=False)
-    record, samples = train(problem, model, preset, seed)
-    return record, {"energies": samples.energies.numpy(), "torsions": samples.torsions}
+    file, preset = record_file(f"bgflow-{model}", preset_name, seed, output), PRESETS[preset_name]
+
+    def make() -> Record:
+        problem = BgflowProblem(preset, output, workers=1, progress=False)
+        record, samples = train(problem, model, preset, seed)
+        samples.save(file.with_suffix(".npz"))
+        return record
+
+    return kept(file, make)
 
 
 def main() -> None:
-    """Train, then write figure, table and JSON."""
-    arguments = parse_arguments(("rnvp", "p4inv"))
+    """Train what is missing, then write figure and table of what is there."""
+    arguments = parse_arguments(__doc__, ("rnvp", "p4inv"))
     output, preset, seed = arguments.output, arguments.preset, arguments.seed
-    output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    problem = BgflowProblem(PRESETS[preset], output, arguments.workers, progress=True)
-    agreement = "Differences between bgflow's coordinates and ours: " + ", ".join(
-        f"{name} {value:.1e}" for name, value in problem.comparison.items()
-    )
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        futures = [pool.submit(run, model, preset, seed, output) for model in arguments.models]
-        results = [future.result() for future in futures]
+    data = record_file("bgflow-data", preset, seed, output)
+    if not arguments.figures:
+        problem = BgflowProblem(PRESETS[preset], output, arguments.workers, progress=True)
 
-    records = [record for record, _ in results]
-    samples = {record["model"]: found for record, found in results}
-    data = data_record(problem, seed)
-    stem = output / f"alanine_dipeptide_bgflow-{preset}-{seed}"
-    figure(problem, samples, seed).savefig(stem.with_suffix(".png"), dpi=150)
-    command = f"python examples/alanine_dipeptide_bgflow.py --preset {preset} --seed {seed}"
-    text = f"{table(data, records, command)}\n{agreement}\n"
-    stem.with_suffix(".md").write_text(text)
-    numbers = {"coordinates": problem.comparison, "data": data, "models": records}
-    stem.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(text)
-    print(f"figure: {stem.with_suffix('.png')}")
+        def make() -> Record:
+            record = data_record(problem, seed, data.with_suffix(".npz"))
+            return record | {"coordinates": problem.comparison}
+
+        kept(data, make)
+        jobs = [(model, preset, seed, output) for model in arguments.models]
+        in_processes(run, jobs, arguments.workers)
+    files = [record_file(f"bgflow-{model}", preset, seed, output) for model in arguments.models]
+    draw(output / f"alanine_dipeptide_bgflow-{preset}-{seed}", data, files)
 
 
 if __name__ == "__main__":

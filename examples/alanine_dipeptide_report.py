@@ -1,5 +1,6 @@
 """Figures of merit, figure and table of Boltzmann generators of alanine dipeptide (Figure 6)."""
 
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -8,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from experiment import cells, publish, table, there
 from ramachandran import ramachandran
 from torch import Tensor
 
@@ -49,14 +51,11 @@ def kl_of_histograms(expected: np.ndarray, found: np.ndarray, bins: int = 72) ->
     return float((p * np.log(p / q)).sum())
 
 
-def figure(problem: Any, samples: dict[str, Any], seed: int) -> Any:
+def figure(data: dict[str, np.ndarray], samples: dict[str, dict[str, np.ndarray]]) -> Any:
     """As Figure 6: energies as violins on the left, φ and ψ on the right."""
-    columns = {
-        "MD": problem.reference_energies.numpy(),
-        f"MD + {NOISE} nm": problem.energy(problem.noisy(seed)).numpy(),
-        **{title: found["energies"] for title, found in samples.items()},
-    }
-    maps = {"MD": problem.torsions(problem.reference)}
+    columns = {"MD": data["energies"], f"MD + {NOISE} nm": data["noisy_energies"]}
+    columns |= {title: found["energies"] for title, found in samples.items()}
+    maps = {"MD": data["torsions"]}
     maps |= {title: found["torsions"] for title, found in samples.items()}
     drawn, axes = plt.subplots(
         1,
@@ -107,28 +106,32 @@ COLUMNS = {
 }
 
 
-def table(data: dict[str, Any], records: list[dict[str, Any]], command: str) -> str:
-    """All numbers as Markdown."""
-    rows = [("MD + noise", "", data["noise"])]
-    for record in records:
-        rows += [(record["model"], stage, record[stage]) for stage in ("likelihood", "mixed")]
-    lines = [
-        f"`{command}`",
-        "",
+def draw(stem: Path, data_file: Path, files: list[Path]) -> None:
+    """STEM.png and STEM.md of the record of the data and those of the models."""
+    data = there([data_file], beside=".npz")[data_file]
+    models = there(files, beside=".npz")
+    samples = {
+        record["model"]: dict(np.load(file.with_suffix(".npz"))) for file, record in models.items()
+    }
+    figure(dict(np.load(data_file.with_suffix(".npz"))), samples).savefig(
+        stem.with_suffix(".png"), dpi=150
+    )
+    about = (
         f"{data['replicas']} replicas, {data['frames']} frames at {data['temperature']:g} K, "
         f"{data['cis_share']:.2%} of them cis and left out, "
         f"{data['transitions']} transitions between φ < 0 and φ > 0; ΔF of the simulation "
-        f"{data['free_energy_kt']:.2f} ± {data['free_energy_error']:.2f} k_BT.",
-        "",
-        "| | after | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * len(COLUMNS),
+        f"{data['free_energy_kt']:.2f} ± {data['free_energy_error']:.2f} k_BT, share of φ > 0 "
+        f"{data['populations'][1]:.4f} ± {data['population_errors'][1]:.4f}."
+    )
+    rows = [["MD + noise", "", *cells(data["noise"], COLUMNS)]]
+    rows += [
+        [record["model"], stage, *cells(record[stage], COLUMNS)]
+        for record in models.values()
+        for stage in ("likelihood", "mixed")
     ]
-    for title, stage, record in rows:
-        cells = []
-        for form in COLUMNS.values():
-            try:
-                cells.append(form(record))
-            except (KeyError, TypeError):
-                cells.append("–")
-        lines.append(f"| {title} | {stage} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    parts = [about, table(["", "after", *COLUMNS], rows, text=2)]
+    if "coordinates" in data:
+        differences = (f"{name} {value:.1e}" for name, value in data["coordinates"].items())
+        parts.append("Differences of bgflow's coordinates from ours: " + ", ".join(differences))
+    publish(stem.with_suffix(".md"), [data, *models.values()], *parts)
+    print(f"figure: {stem.with_suffix('.png')}")

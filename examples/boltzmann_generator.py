@@ -7,22 +7,22 @@
 
 Simulates the molecule, trains a flow on R^p × T^q by likelihood, first on frames, then in rounds on
 its own reweighted samples and frames, and writes a figure, a table, the numbers and weighted
-samples that mdtraj reads. Simulation and training continue where an interrupted run stopped.
+samples that mdtraj reads. Simulation and training continue where an interrupted run stopped;
+--figures only draws.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import mdtraj
 import numpy as np
 import torch
-from boltzmann_generator_report import figure, merits, table
+from boltzmann_generator_report import COLUMNS, distributions, figure, merits
+from experiment import Record, cells, command_line, kept, publish, table, there
 from nflows.flows.base import Flow
+from ramachandran import is_trans
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit, spline_flow
@@ -35,7 +35,6 @@ from p4flows.molecules import (
     alanine_dipeptide,
     capped_alanines,
     effective_sample_size,
-    peptide_bonds,
     phi_psi,
     resampled,
     save_weighted,
@@ -120,7 +119,7 @@ class Problem:
         )
         self.replicas = torch.from_numpy(replicas)
         # A peptide bond turns to cis too rarely for the data to tell how often: left out.
-        self.trans = torch.stack([self._is_trans(replica) for replica in self.replicas])
+        self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
         frames = self.replicas[:-1][self.trans[:-1]]
         self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology, circular=True)
         self.features = self.coordinates(frames)[0]
@@ -137,14 +136,6 @@ class Problem:
     def torsions(self, positions: Tensor) -> np.ndarray:
         """φ and ψ in radians, shape (frames, 2)."""
         return phi_psi(self.molecule.trajectory(positions.numpy()))
-
-    def _is_trans(self, positions: Tensor) -> Tensor:
-        omega = mdtraj.compute_dihedrals(
-            self.molecule.trajectory(positions.numpy()),
-            peptide_bonds(self.molecule.topology),
-            periodic=False,
-        )
-        return torch.from_numpy((np.abs(omega) > math.pi / 2).all(-1))
 
 
 def build_flow(problem: Problem, preset: Preset, swap: str, seed: int) -> Flow:
@@ -247,16 +238,25 @@ def evaluate(
     return numbers, drawn
 
 
+def record_file(preset: str, swap: str, seed: int, output: Path) -> Path:
+    return output / f"{preset}-{swap}-{seed}.json"
+
+
 def run(
-    preset_name: str, swap: str, seed: int, output: Path, workers: int, progress: bool = True
-) -> dict[str, Any]:
-    """Both stages, the numbers behind them, and all files; the record of a run that is done."""
+    preset: str, swap: str, seed: int, output: Path, workers: int, progress: bool = True
+) -> Record:
+    """Both stages and the numbers behind them, or the record of a run that is done."""
+    file = record_file(preset, swap, seed, output)
+    return kept(file, lambda: train(preset, swap, seed, output, workers, progress))
+
+
+def train(
+    preset_name: str, swap: str, seed: int, output: Path, workers: int, progress: bool
+) -> Record:
+    """A run; what is drawn of it and weighted samples are kept beside its record."""
     begin = time.perf_counter()
     preset = PRESETS[preset_name]
-    stem = output / f"{preset_name}-{swap}-{seed}"
-    record_file = stem.with_suffix(".json")
-    if record_file.exists():
-        return json.loads(record_file.read_text())
+    stem = record_file(preset_name, swap, seed, output).with_suffix("")
     problem = Problem(preset, output, workers, progress)
     simulated = time.perf_counter() - begin
     flow = build_flow(problem, preset, swap, seed)
@@ -264,7 +264,18 @@ def run(
     training.likelihood()
     rounds = [training.round(number) for number in range(1, preset.rounds + 1)]
     numbers, drawn = evaluate(problem, flow, preset.last_temperature, preset, seed)
-    record = {
+    seconds = time.perf_counter() - begin
+    np.savez(
+        stem.with_suffix(".npz"),
+        **distributions(problem, drawn, problem.energy(preset.last_temperature)),
+    )
+    save_weighted(
+        problem.molecule,
+        stem.with_name(f"{stem.name}-samples"),
+        drawn.positions[:SAVED_STRUCTURES],
+        drawn.log_weights[:SAVED_STRUCTURES],
+    )
+    return {
         "preset": preset_name,
         "swap": swap,
         "seed": seed,
@@ -274,46 +285,34 @@ def run(
         "cis_share": 1.0 - problem.trans.double().mean().item(),
         "simulation_seconds": simulated,
         "training_seconds": training.seconds,
-        "seconds": time.perf_counter() - begin,
+        "seconds": seconds,
         "samples_seen": training.scheduler.T_max * preset.batch,
         "energies": preset.rounds * preset.round_samples,
         "merges": dict(training.hook.stats) if training.hook is not None else None,
         "rounds": rounds,
         **numbers,
     }
-    kept = slice(SAVED_STRUCTURES)
-    save_weighted(
-        problem.molecule,
-        stem.with_name(f"{stem.name}-samples"),
-        drawn.positions[kept],
-        drawn.log_weights[kept],
-    )
-    figure(problem, drawn, record).savefig(stem.with_suffix(".png"), dpi=150)
-    stem.with_suffix(".md").write_text(table([record]))
-    # Last, because a record says that all else is there.
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
 
 
 def main() -> None:
-    """Run a preset and print its table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
+    """Run a preset and write its figure and table."""
+    parser = command_line(__doc__, "results/boltzmann_generator", PRESETS)
     parser.add_argument(
         "--swap", choices=("p4", "lu", "permutation", "halves"), default="p4", help="see the docs"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the simulation")
-    parser.add_argument("--output", type=Path, default=Path("results/boltzmann_generator"))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    record = run(
-        arguments.preset, arguments.swap, arguments.seed, arguments.output, arguments.workers
+    job = arguments.preset, arguments.swap, arguments.seed, arguments.output
+    if not arguments.figures:
+        run(*job, arguments.workers)
+    file = record_file(*job)
+    record = there([file], beside=".npz")[file]
+    figure(dict(np.load(file.with_suffix(".npz"))), record).savefig(
+        file.with_suffix(".png"), dpi=150
     )
-    print(table([record]))
-    print(f"files: {arguments.output}/{arguments.preset}-{arguments.swap}-{arguments.seed}*")
+    rows = [[title, *cells(record, {title: form})] for title, form in COLUMNS.items()]
+    name = f"{record['preset']}, {record['swap']}, seed {record['seed']}"
+    publish(file.with_suffix(".md"), [record], table(["", name], rows))
+    print(f"files: {file.with_suffix('')}*")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ Trains the circular spline flow of examples/boltzmann_generator.py by likelihood
 from several seeds, and writes a table. Runs that are done are not run again.
 """
 
-import argparse
 import dataclasses
+import statistics
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from boltzmann_generator import PRESETS, run
+from boltzmann_generator import PRESETS, record_file, run
+from experiment import Record, command_line, publish, table, there
 
 SWAPS = {
     "p4": "P4Inv",
@@ -24,45 +23,37 @@ SWAPS = {
 }
 
 
-def table(records: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and standard deviation over the seeds as Markdown."""
+COLUMNS: dict[str, Callable[[Record], float]] = {
+    "NLL held out (nats)": lambda r: r["nll"],
+    "NLL training": lambda r: r["nll_training"],
+    "ESS (%)": lambda r: 100.0 * r["ess"],
+    "clipped (%)": lambda r: 100.0 * r["ess_clipped"],
+    "s/step": lambda r: r["training_seconds"] / r["settings"]["steps"],
+}
 
-    def spread(found: list[dict[str, Any]], number: Any) -> str:
-        values = np.array([number(record) for record in found])
-        if len(values) == 1:
-            return f"{values[0]:.3f}"
-        return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
 
-    lines = [
-        "| between couplings | seeds | NLL held out (nats) | NLL training | ESS (%) | clipped (%) "
-        "| s/step |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for swap, found in records.items():
-        numbers = (
-            lambda r: r["nll"],
-            lambda r: r["nll_training"],
-            lambda r: 100.0 * r["ess"],
-            lambda r: 100.0 * r["ess_clipped"],
-            lambda r: r["training_seconds"] / r["settings"]["steps"],
-        )
-        cells = " | ".join(spread(found, number) for number in numbers)
-        lines.append(f"| {SWAPS[swap]} | {len(found)} | {cells} |")
-    return "\n".join(lines) + "\n"
+def summary(records: list[Record]) -> str:
+    """Mean and standard deviation over the seeds."""
+
+    def spread(values: list[float]) -> str:
+        error = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{error}"
+
+    rows = []
+    for swap in dict.fromkeys(record["swap"] for record in records):
+        own = [record for record in records if record["swap"] == swap]
+        means = [spread([number(record) for record in own]) for number in COLUMNS.values()]
+        rows.append([SWAPS[swap], str(len(own)), *means])
+    return table(["between couplings", "seeds", *COLUMNS], rows)
 
 
 def main() -> None:
     """Train what is not there yet, then write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__, "results/boltzmann_generator", seed=False)
     parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--swaps", nargs="+", choices=list(SWAPS), default=list(SWAPS))
-    parser.add_argument("--workers", type=int, default=2, help="processes of the simulation")
-    parser.add_argument("--output", type=Path, default=Path("results/boltzmann_generator"))
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     # That of nflows' LULinear.
     warnings.filterwarnings("ignore", "torch.triangular_solve is deprecated")
@@ -70,13 +61,17 @@ def main() -> None:
     PRESETS[name] = dataclasses.replace(
         PRESETS["quick"], steps=arguments.steps, rounds=0, samples=20_000
     )
-    records: dict[str, list[dict[str, Any]]] = {swap: [] for swap in arguments.swaps}
-    for seed in range(arguments.seeds):
-        for swap in arguments.swaps:
-            records[swap].append(run(name, swap, seed, arguments.output, arguments.workers))
-            found = {swap: done for swap, done in records.items() if done}
-            (arguments.output / f"{name}.md").write_text(table(found))
-    print(table(records))
+    jobs = [
+        (name, swap, seed, arguments.output)
+        for seed in range(arguments.seeds)
+        for swap in arguments.swaps
+    ]
+    if not arguments.figures:
+        # One after the other: the workers are those of the simulation.
+        for job in jobs:
+            run(*job, arguments.workers)
+    found = list(there(record_file(*job) for job in jobs).values())
+    publish(arguments.output / f"{name}.md", found, summary(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from nflows.flows.base import Flow
-from ramachandran import ramachandran
+from ramachandran import ramachandran, states
 from torch import Tensor
 
 from p4flows import diagnose
@@ -33,16 +33,6 @@ from p4flows.molecules import (
 CLIP = 1e-4
 FRAMES = 20_000  # of the held-out replica, for what needs their energies
 TRANSPORTED = 2_000  # rows of an exact transport problem
-# The two metastable states that are slowest to interchange, by φ in degrees.
-LEFT, RIGHT = (-180.0, -40.0), (20.0, 110.0)
-
-
-def states(torsions: np.ndarray) -> np.ndarray:
-    """0 for φ < 0, 1 for φ > 0, −1 for what is between; torsions in radians."""
-    phi = np.degrees(torsions[..., 0])
-    left = (LEFT[0] <= phi) & (phi < LEFT[1])
-    right = (RIGHT[0] <= phi) & (phi < RIGHT[1])
-    return np.where(left, 0, np.where(right, 1, -1))
 
 
 def spaced(rows: Any, count: int) -> Any:
@@ -58,7 +48,7 @@ def merits(
     generator = torch.Generator().manual_seed(seed)
     log_weights = drawn.log_weights
     torsions = problem.torsions(drawn.positions)
-    label = torch.from_numpy(states(torsions))
+    label = torch.from_numpy(states(np.degrees(torsions)))
     numbers: dict[str, Any] = {"outside": (log_weights == -math.inf).double().mean().item()}
 
     def with_error(name: str, statistic: Any, *samples: Tensor) -> None:
@@ -135,7 +125,7 @@ def _against_simulation(
 
 def _simulated_free_energy(problem: Any) -> dict[str, Any]:
     """ΔF between the two states of the simulation; the error is the scatter of its replicas."""
-    labels = states(problem.torsions(problem.replicas.flatten(0, 1)))
+    labels = states(np.degrees(problem.torsions(problem.replicas.flatten(0, 1))))
     labels = np.where(problem.trans, labels.reshape(problem.trans.shape), -1)
     shares = np.stack([(labels == state).mean(1) for state in (0, 1)])
     left, right = shares.mean(1)
@@ -154,19 +144,28 @@ def _log_prob(flow: Flow, features: Tensor) -> Tensor:
     return torch.cat([flow.log_prob(rows) for rows in features.split(5_000)])
 
 
-def figure(problem: Any, drawn: WeightedSamples, record: dict[str, Any]) -> Any:
-    """Energies on the left; φ and ψ of the simulation, of the samples, and reweighted."""
-    weights = torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy()
-    torsions = problem.torsions(drawn.positions)
+def distributions(
+    problem: Any, drawn: WeightedSamples, energy: OpenMMEnergy
+) -> dict[str, np.ndarray]:
+    """What `figure` draws: energies and torsions of simulation and samples, and their weights."""
     everything = problem.replicas[problem.trans]
+    return {
+        "simulated_energies": energy(spaced(everything, FRAMES)).double().numpy(),
+        "simulated_torsions": problem.torsions(everything),
+        "energies": drawn.energies.double().numpy(),
+        "torsions": problem.torsions(drawn.positions),
+        "weights": torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy(),
+    }
+
+
+def figure(data: dict[str, np.ndarray], record: dict[str, Any]) -> Any:
+    """Energies on the left; φ and ψ of the simulation, of the samples, and reweighted."""
     temperature = record["settings"]["last_temperature"]
-    title = f"simulation, {problem.temperature:g} K"
-    expected = problem.torsions(everything)
+    title = f"simulation, {record['settings']['temperature']:g} K"
     drawn_figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.4), layout="constrained")
-    energies = problem.energy(temperature)(spaced(everything, FRAMES))
-    reference = energies.double().numpy()
+    reference, weights = data["simulated_energies"], data["weights"]
     edges = np.linspace(reference.min() - 5.0, np.quantile(reference, 0.999) + 15.0, 80)
-    found = drawn.energies.double().numpy().clip(max=1e6)
+    found = data["energies"].clip(max=1e6)
     axes[0].hist(reference, edges, density=True, alpha=0.4, label=title)
     axes[0].hist(found, edges, density=True, histtype="step", label="flow")
     axes[0].hist(
@@ -174,7 +173,11 @@ def figure(problem: Any, drawn: WeightedSamples, record: dict[str, Any]) -> Any:
     )
     axes[0].set(xlabel="u / k$_B$T", yticks=[], title=f"energy at {temperature:g} K")
     axes[0].legend(fontsize=7)
-    maps = ((title, expected, None), ("flow", torsions, None), ("reweighted", torsions, weights))
+    maps = (
+        (title, data["simulated_torsions"], None),
+        ("flow", data["torsions"], None),
+        ("reweighted", data["torsions"], weights),
+    )
     for axis, (name, angles, shares) in zip(axes[1:], maps, strict=True):
         ramachandran(axis, np.degrees(angles), name, shares)
     axes[1].set_ylabel("ψ")
@@ -207,18 +210,3 @@ COLUMNS = {
     ),
     "seconds": lambda r: f"{r['seconds']:.0f}",
 }
-
-
-def table(records: list[dict[str, Any]]) -> str:
-    """All numbers as Markdown, a row for each number and a column for each run."""
-    names = [f"{r['preset']}, {r['swap']}, seed {r['seed']}" for r in records]
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for title, form in COLUMNS.items():
-        cells = []
-        for record in records:
-            try:
-                cells.append(form(record))
-            except KeyError:
-                cells.append("–")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -5,12 +5,11 @@
 
 The data are patches of 8 × 8 pixels, points in 63 dimensions. A flow maps them to noise; run
 backwards, it makes noise into new patches. The script trains one, prints its likelihood beside that
-of a Gaussian and draws samples and what the first layer has learned. An interrupted run continues.
+of a Gaussian and draws samples and what the first layer has learned. An interrupted run continues;
+--figures only draws.
 """
 
-import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from experiment import Record, cells, command_line, kept, publish, table, there
 from nflows.distributions import StandardNormal
 from nflows.flows.base import Flow
 from nflows.transforms import CompositeTransform, Transform
@@ -113,7 +114,7 @@ def first_layer(flow: Flow) -> P4InvTransform:
 
 
 @torch.no_grad()
-def figure(flow: Flow, photographs: Photographs, seed: int) -> Any:
+def panels(flow: Flow, photographs: Photographs, seed: int) -> dict[str, np.ndarray]:
     """Patches, samples, and the rows and columns of the first layer, all as pictures."""
     patches = photographs.draw(GRID**2, torch.Generator().manual_seed(2), held_out=True)
     torch.manual_seed(seed)
@@ -122,17 +123,20 @@ def figure(flow: Flow, photographs: Photographs, seed: int) -> Any:
     brightness = 3 * photographs.scale.mean()
     # What the layer multiplies a patch by, and what it adds up to make one: the columns of the
     # inverse, which a P4Inv layer has at hand.
-    panels = {
-        "photographs": tiles(photographs.pictures(patches) / brightness),
-        "samples of the flow": tiles(photographs.pictures(flow.sample(GRID**2)) / brightness),
-        "filters: rows of W": tiles(stretched(photographs.filters(layer.weight()))),
-        "features: columns of W⁻¹": tiles(
-            stretched(photographs.pictures(layer.weight_inverse().T))
-        ),
+    images = {
+        "photographs": photographs.pictures(patches) / brightness,
+        "samples of the flow": photographs.pictures(flow.sample(GRID**2)) / brightness,
+        "filters: rows of W": stretched(photographs.filters(layer.weight())),
+        "features: columns of W⁻¹": stretched(photographs.pictures(layer.weight_inverse().T)),
     }
-    drawn, axes = plt.subplots(1, len(panels), figsize=(16, 4.4), layout="constrained")
-    for axis, (title, image) in zip(axes, panels.items(), strict=True):
-        axis.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1)
+    return {title: tiles(image).numpy() for title, image in images.items()}
+
+
+def figure(shown: dict[str, np.ndarray]) -> Any:
+    """The panels side by side."""
+    drawn, axes = plt.subplots(1, len(shown), figsize=(16, 4.4), layout="constrained")
+    for axis, (title, image) in zip(axes, shown.items(), strict=True):
+        axis.imshow(image, cmap="gray", vmin=-1, vmax=1)
         axis.set_title(title)
         axis.set_axis_off()
     return drawn
@@ -154,29 +158,39 @@ def tiles(images: Tensor) -> Tensor:
     return square
 
 
+def run(preset_name: str, seed: int, file: Path) -> Record:
+    """Train, evaluate, and keep the panels of the figure beside the record."""
+    photographs = Photographs(SIZE)
+    preset = PRESETS[preset_name]
+    flow, record = train(photographs, preset, seed, file.with_suffix(".pt"), True)
+    np.savez(file.with_suffix(".npz"), **panels(flow, photographs, seed))
+    return {"preset": preset_name, "seed": seed, **record, **evaluate(flow, photographs)}
+
+
+COLUMNS = {
+    "flow": lambda r: f"{r['preset']}, {r['parameters']} parameters",
+    "steps": lambda r: str(r["steps"]),
+    "NLL (nats a patch)": lambda r: f"{r['nll_nats']:.2f}",
+    "a Gaussian's": lambda r: f"{r['gaussian_nll_nats']:.2f}",
+    "round trip": lambda r: f"{r['round_trip_error']:.0e}",
+    "merges": lambda r: str(r["merges"]["merged"]),
+    "seconds": lambda r: f"{r['seconds']:.0f}",
+}
+
+
 def main() -> None:
     """Train, then write figure and numbers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/image_patches"))
+    parser = command_line(__doc__, "results/image_patches", PRESETS, pool=False)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    stem = arguments.output / f"image_patches-{arguments.preset}-{arguments.seed}"
-    photographs = Photographs(SIZE)
-    flow, record = train(
-        photographs, PRESETS[arguments.preset], arguments.seed, stem.with_suffix(".pt"), True
-    )
-    record |= evaluate(flow, photographs)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    figure(flow, photographs, arguments.seed).savefig(stem.with_suffix(".png"), dpi=100)
-    print(
-        f"NLL {record['nll_nats']:.2f} nats a patch, a Gaussian's {record['gaussian_nll_nats']:.2f}"
-        f"; {record['merges']['merged']} merges in {record['seconds']:.0f} s"
-    )
-    print(f"figure: {stem.with_suffix('.png')}")
+    preset, seed = arguments.preset, arguments.seed
+    file = arguments.output / f"image_patches-{preset}-{seed}.json"
+    if not arguments.figures:
+        kept(file, lambda: run(preset, seed, file))
+    record = there([file], beside=".npz")[file]
+    figure(dict(np.load(file.with_suffix(".npz")))).savefig(file.with_suffix(".png"), dpi=100)
+    publish(file.with_suffix(".md"), [record], table(list(COLUMNS), [cells(record, COLUMNS)]))
+    print(f"figure: {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

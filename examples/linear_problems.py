@@ -5,14 +5,11 @@
 
 Fits a matrix to a positive definite one, to a rotation and to −I: directly, with P4Inv, through the
 inverse of P4Inv, and the rotation with an OrthogonalMatrix. Writes a figure for each problem, a
-table and the numbers. A finished training run is kept; an interrupted call continues with the rest.
+table and the numbers. A finished training run is kept; an interrupted call continues with the rest,
+and --figures only draws.
 """
 
-import argparse
-import concurrent.futures
-import json
 import math
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
@@ -23,9 +20,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from experiment import Record, command_line, in_processes, kept, publish, table, there
 from linear_setups import PRESETS, PROBLEMS, Method, Preset, Problem
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from p4flows import InvertibleMatrix, MergeBounds, MergeHook, OrthogonalMatrix
 from p4flows.matrices.error import error_of_state
@@ -141,29 +138,29 @@ def train(problem: Problem, method: Method, preset: Preset, seed: int) -> dict[s
     return {"record": record, "curves": curves}
 
 
-def run(problem_name: str, index: int, preset_name: str, seed: int, output: Path) -> dict[str, Any]:
-    """One training run, or what a call before has kept of it."""
-    torch.set_num_threads(1)
-    problem = PROBLEMS[problem_name]
+def record_file(problem: str, index: int, preset: str, seed: int, output: Path) -> Path:
+    name = PROBLEMS[problem].methods[index].title
+    name = name.replace(", ", "_").replace(" ", "-").replace("'", "")
+    return output / "runs" / f"{problem}-{preset}-{name}-{seed}.json"
+
+
+def run(problem_name: str, index: int, preset_name: str, seed: int, output: Path) -> Record:
+    """One training run, or what a call before has kept of it; its curves are beside the record."""
+    problem, preset = PROBLEMS[problem_name], PRESETS[preset_name]
     method = problem.methods[index]
-    name = method.title.replace(", ", "_").replace(" ", "-").replace("'", "")
-    file = output / "runs" / f"{problem_name}-{preset_name}-{name}-{seed}.pt"
-    if file.exists():
-        return torch.load(file)
-    result = train(problem, method, PRESETS[preset_name], seed)
-    result["record"] = {
-        "problem": problem_name,
-        "size": PRESETS[preset_name].size(problem),
-        "method": method.title,
-        "seed": seed,
-        **result["record"],
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(result, file)
-    return result
+    file = record_file(problem_name, index, preset_name, seed, output)
+
+    def make() -> Record:
+        result = train(problem, method, preset, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(result["curves"], file.with_suffix(".pt"))
+        about = {"problem": problem_name, "size": preset.size(problem), "method": method.title}
+        return {**about, "seed": seed, **result["record"]}
+
+    return kept(file, make)
 
 
-def figure(problem: Problem, target: Tensor, results: list[dict[str, Any]]) -> Any:
+def figure(problem: Problem, target: Tensor, curves: dict[Method, dict[str, Any]]) -> Any:
     """Losses of all methods; eigenvalues of some, from blue to yellow during training."""
     columns = 1 + len(problem.panels)
     panels, axes = plt.subplots(
@@ -174,51 +171,46 @@ def figure(problem: Problem, target: Tensor, results: list[dict[str, Any]]) -> A
         layout="constrained",
     )
     axes[0].set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for result in results:
-        curves = result["curves"]
-        axes[0].plot(curves["steps"], curves["losses"], label=result["record"]["method"])
+    for method, curve in curves.items():
+        axes[0].plot(curve["steps"], curve["losses"], label=method.title)
     axes[0].set(xlabel="step", ylabel="loss", yscale="log", title=f"{problem.title}, {len(target)}")
     panels.legend(loc="outside lower center", ncols=5, fontsize="small")
     targets = torch.linalg.eigvals(target.double())
     for axis, index in zip(axes[1:], problem.panels, strict=True):
-        path = torch.stack(results[index]["curves"]["eigenvalues"])
-        color = torch.linspace(0, 1, len(path)).unsqueeze(-1).expand(path.shape)
-        axis.scatter(targets.real, targets.imag, marker="s", s=30, fc="none", ec="k", lw=0.7)
-        axis.scatter(path.real, path.imag, c=color, s=2, cmap="viridis")
-        axis.scatter(path[-1].real, path[-1].imag, marker="x", s=14, c="r", lw=0.8)
-        axis.set_title(problem.methods[index].title, fontsize="medium")
+        method = problem.methods[index]
+        axis.set_title(method.title, fontsize="medium")
         axis.set(xlabel="Re λ", aspect="equal")
         axis.set_adjustable("datalim")
+        axis.scatter(targets.real, targets.imag, marker="s", s=30, fc="none", ec="k", lw=0.7)
+        if method not in curves:
+            continue
+        path = torch.stack(curves[method]["eigenvalues"])
+        color = torch.linspace(0, 1, len(path)).unsqueeze(-1).expand(path.shape)
+        axis.scatter(path.real, path.imag, c=color, s=2, cmap="viridis")
+        axis.scatter(path[-1].real, path[-1].imag, marker="x", s=14, c="r", lw=0.8)
     axes[1].set_ylabel("Im λ")
     return panels
 
 
-def median_ratio(
-    problem: Problem, steps: dict[tuple[Method, int], int | None], method: Method, seeds: range
-) -> float:
+def median_ratio(steps: dict[Method, dict[int, float]], method: Method) -> float:
     """Steps over those of direct training at the same seed, the median of seeds."""
     ratios = []
-    for seed in seeds:
-        own, direct = steps[method, seed], steps[method.baseline, seed]
-        ratios.append(math.inf if own is None or direct is None else own / direct)
+    for seed, own in steps[method].items():
+        direct = steps.get(method.baseline, {}).get(seed, math.inf)
+        ratios.append(own / direct if math.isfinite(direct) else math.inf)
     return statistics.median(ratios)
 
 
-def table(
-    problem: Problem, results: dict[tuple[int, int], dict[str, Any]], seeds: range
-) -> list[str]:
-    """Rows of one problem; the worst of all seeds where errors are concerned."""
+def rows(problem: Problem, runs: dict[Method, list[Record]]) -> list[list[str]]:
+    """The table of one problem; the worst of all seeds where errors are concerned."""
     steps = {
-        (problem.methods[index], seed): result["record"]["steps"]
-        for (index, seed), result in results.items()
+        method: {r["seed"]: math.inf if r["steps"] is None else r["steps"] for r in records}
+        for method, records in runs.items()
     }
     lines = []
-    for index, method in enumerate(problem.methods):
-        records = [results[index, seed]["record"] for seed in seeds]
-        taken = [steps[method, seed] for seed in seeds]
-        found = sorted(math.inf if count is None else count for count in taken)
-        median = statistics.median(found)
-        ratio = median_ratio(problem, steps, method, seeds)
+    for method, records in runs.items():
+        median = statistics.median(steps[method].values())
+        ratio = median_ratio(steps, method)
         cells = [
             f"{problem.title}, {records[0]['size']}",
             method.title,
@@ -243,71 +235,55 @@ def table(
                 ),
             ]
         cells.append(f"{statistics.median(record['seconds'] for record in records):.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     return lines
 
 
-HEADER = (
-    "| problem | method | steps | ratio to direct | final loss | worst error of the inverse "
-    "| at the end | sign, exact | logabsdet error | merged/skipped/forced | seconds |\n"
-    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--problem", choices=sorted(PROBLEMS), action="append")
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("results/linear_problems"))
-    return parser.parse_args()
+HEADER = [
+    *("problem", "method", "steps", "ratio to direct", "final loss", "worst error of the inverse"),
+    *("at the end", "sign, exact", "logabsdet error", "merged/skipped/forced", "seconds"),
+]
 
 
 def main() -> None:
-    """Train what is missing, then write figures, table and JSON."""
-    arguments = parse_arguments()
+    """Train what is missing, then write figures and table of what is there."""
+    parser = command_line(__doc__, "results/linear_problems", PRESETS, seed=False)
+    parser.add_argument("--problem", choices=sorted(PROBLEMS), action="append")
+    arguments = parser.parse_args()
     output, preset = arguments.output, PRESETS[arguments.preset]
-    output.mkdir(parents=True, exist_ok=True)
     names = arguments.problem or list(PROBLEMS)
-    seeds = {name: range(min(preset.seeds, PROBLEMS[name].seeds)) for name in names}
     jobs = [
-        (name, index, arguments.preset, seed)
+        (name, index, arguments.preset, seed, output)
         for name in names
         for index in range(len(PROBLEMS[name].methods))
-        for seed in seeds[name]
+        for seed in range(min(preset.seeds, PROBLEMS[name].seeds))
     ]
-    # Processes, because a matrix of this size cannot keep more than one core busy; the longest
-    # runs, those of large matrices, first.
-    jobs.sort(key=lambda job: -PROBLEMS[job[0]].size)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        futures = {pool.submit(run, *job, output): job for job in jobs}
-        finished = concurrent.futures.as_completed(futures)
-        results = {
-            futures[future]: future.result()
-            for future in tqdm(finished, total=len(jobs), desc="runs")
-        }
+    if not arguments.figures:
+        # The longest runs, those of large matrices, first.
+        longest_first = sorted(jobs, key=lambda job: -PROBLEMS[job[0]].size)
+        in_processes(run, longest_first, arguments.workers)
 
-    lines = [f"`python examples/linear_problems.py --preset {arguments.preset}`", "", HEADER]
+    found = there((record_file(*job) for job in jobs), beside=".pt")
+    lines = []
     for name in names:
         problem = PROBLEMS[name]
-        own = {
-            (index, seed): result for (n, index, _, seed), result in results.items() if n == name
-        }
-        lines += table(problem, own, seeds[name])
+        runs: dict[Method, list[Record]] = {}
+        curves = {}
+        for job in jobs:
+            if job[0] == name and record_file(*job) in found:
+                method = problem.methods[job[1]]
+                runs.setdefault(method, []).append(found[record_file(*job)])
+                if job[3] == 0:
+                    curves[method] = torch.load(record_file(*job).with_suffix(".pt"))
+        if not runs:
+            continue
+        lines += rows(problem, runs)
         target = problem.target(preset.size(problem), torch.Generator().manual_seed(0))
-        picture = figure(problem, target, [own[index, 0] for index in range(len(problem.methods))])
         file = output / f"{name}-{arguments.preset}.png"
-        picture.savefig(file, dpi=100)
+        figure(problem, target, curves).savefig(file, dpi=100)
         print(f"figure: {file}")
-    stem = output / f"linear_problems-{arguments.preset}"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    records = [results[job]["record"] for job in sorted(results)]
-    stem.with_suffix(".json").write_text(json.dumps(records, indent=2) + "\n")
-    print("\n".join(lines))
+    numbers = table(HEADER, lines, text=2)
+    publish(output / f"linear_problems-{arguments.preset}.md", list(found.values()), numbers)
 
 
 if __name__ == "__main__":

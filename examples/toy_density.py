@@ -4,16 +4,12 @@
     python examples/toy_density.py --all --preset paper --compare --workers 2
 
 Trains a Bent-stacked P4Inv flow on each target, with --compare also the RealNVP of the same size
-and with --tuned the same stack beyond the paper's recipe, and writes a figure, a table and the
-numbers. A run that was interrupted continues where it stopped.
+and with --tuned the same stack beyond the paper's recipe, and writes figures, a table and the
+numbers. A run that was interrupted continues where it stopped; --figures only draws.
 """
 
-import argparse
-import concurrent.futures
 import dataclasses
-import json
 import math
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from experiment import Record, cells, command_line, in_processes, kept, publish, table, there
 from torch import Tensor, nn
 
 from p4flows import InvertibleMatrix, MergeHook, bent_stacked_flow, fit, realnvp_flow
@@ -32,6 +30,8 @@ EVALUATION_SAMPLES = 100_000
 # A sample counts as leaked where the target's density is lower than at this share of its own
 # samples; for the uniform checkerboard that is everything outside of the squares.
 LEAKAGE_QUANTILE = 1e-3
+
+Picture = tuple[str, Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,37 +161,47 @@ def energy_distance(first: Tensor, second: Tensor, rows: int = 10_000) -> float:
     return (2.0 * across - unbiased * within).item()
 
 
+def record_file(target: str, model: str, preset: str, seed: int, output: Path) -> Path:
+    return output / f"{target}-{model}-{preset}-{seed}.json"
+
+
 def run(
-    target_name: str, model_name: str, preset_name: str, seed: int, output: Path, progress: bool
-) -> dict[str, Any]:
-    """Train and evaluate one model on one target; its record is kept beside the checkpoint."""
-    torch.set_num_threads(1)
-    target, model, preset = TARGETS[target_name], MODELS[model_name], PRESETS[preset_name]
-    stem = output / f"{target_name}-{model_name}-{preset_name}-{seed}"
-    record_file = stem.with_suffix(".json")
-    flow, record = train(target, model, preset, seed, stem.with_suffix(".pt"), progress)
-    if record_file.exists():
-        return json.loads(record_file.read_text())
-    record |= {"preset": preset_name, **evaluate(flow, target, seed)}
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    name: str, model: str, preset: str, seed: int, output: Path, progress: bool = True
+) -> Record:
+    """Train and evaluate one model on one target; what is drawn of it is kept with its record."""
+    target, file = TARGETS[name], record_file(name, model, preset, seed, output)
+
+    def make() -> Record:
+        checkpoint = file.with_suffix(".pt")
+        flow, record = train(target, MODELS[model], PRESETS[preset], seed, checkpoint, progress)
+        np.savez(file.with_suffix(".npz"), **drawn(flow, target, seed))
+        return record | {"preset": preset, **evaluate(flow, target, seed)}
+
+    return kept(file, make)
 
 
 @torch.no_grad()
-def pictures(
-    target_name: str, model_names: list[str], preset_name: str, seed: int, output: Path
-) -> list[tuple[str, Tensor, Tensor | None]]:
-    """Title, samples and log-density on a grid of the target and of each trained model."""
-    target, preset = TARGETS[target_name], PRESETS[preset_name]
-    x = grid(target.limits)
-    generator = torch.Generator().manual_seed(seed)
-    density = target.log_density(x) if target.has_log_density else None
-    rows = [("Truth", target.sample(EVALUATION_SAMPLES, generator), density)]
-    for name in model_names:
-        checkpoint = output / f"{target_name}-{name}-{preset_name}-{seed}.pt"
-        flow, _ = train(target, MODELS[name], preset, seed, checkpoint, progress=False)
-        torch.manual_seed(seed)
-        rows.append((MODELS[name].title, flow.sample(EVALUATION_SAMPLES), flow.log_prob(x)))
+def drawn(flow: nn.Module, target: Target, seed: int) -> dict[str, np.ndarray]:
+    """Samples of a trained flow and its log-density on a grid."""
+    torch.manual_seed(seed)
+    samples, log_density = flow.sample(EVALUATION_SAMPLES), flow.log_prob(grid(target.limits))
+    return {"samples": samples.numpy(), "log_density": log_density.numpy()}
+
+
+def pictures(records: dict[Path, Record]) -> dict[str, list[Picture]]:
+    """Of each target: title, samples and log-density on a grid of itself and of each model."""
+    rows: dict[str, list[Picture]] = {}
+    for file, record in records.items():
+        if record["target"] not in rows:
+            target = TARGETS[record["target"]]
+            samples = target.sample(
+                EVALUATION_SAMPLES, torch.Generator().manual_seed(record["seed"])
+            )
+            known = target.has_log_density
+            density = target.log_density(grid(target.limits)) if known else None
+            rows[record["target"]] = [("Truth", samples, density)]
+        found = {name: torch.from_numpy(x) for name, x in np.load(file.with_suffix(".npz")).items()}
+        rows[record["target"]].append((record["model"], found["samples"], found["log_density"]))
     return rows
 
 
@@ -216,7 +226,7 @@ def draw_density(axes: Any, log_density: Tensor, limits: float) -> None:
     )
 
 
-def figure_of_one(target: Target, columns: list[tuple[str, Tensor, Tensor | None]]) -> Any:
+def figure_of_one(target: Target, columns: list[Picture]) -> Any:
     """Samples above, densities below; one column for the truth and each model."""
     figure, axes = plt.subplots(
         2, len(columns), figsize=(3.2 * len(columns), 6.4), squeeze=False, layout="constrained"
@@ -234,104 +244,71 @@ def figure_of_one(target: Target, columns: list[tuple[str, Tensor, Tensor | None
     return figure
 
 
-def figure_of_all(rows: dict[str, list[tuple[str, Tensor, Tensor | None]]]) -> Any:
+def figure_of_all(rows: dict[str, list[Picture]]) -> Any:
     """As Figure 5: one row of samples for each target."""
-    columns = len(next(iter(rows.values())))
+    titles = list(dict.fromkeys(title for row in rows.values() for title, *_ in row))
+    size = (2 * len(titles), 2 * len(rows))
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2 * columns, 2 * len(rows)), layout="constrained"
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
     )
     for axes_row, (name, row) in zip(axes, rows.items(), strict=True):
         axes_row[0].set_ylabel(name.replace("_", " "))
-        for axis, (_, samples, _) in zip(axes_row, row, strict=True):
-            draw_samples(axis, samples, TARGETS[name].limits)
-            axis.set(xticks=[], yticks=[], aspect="equal")
-    for axis, (title, *_) in zip(axes[0], next(iter(rows.values())), strict=True):
+        for title, samples, _ in row:
+            draw_samples(axes_row[titles.index(title)], samples, TARGETS[name].limits)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], aspect="equal")
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
     return figure
 
 
-def table(records: list[dict[str, Any]], command: str) -> str:
-    """The records as a Markdown table."""
-
-    def cell(record: dict[str, Any], key: str, form: str) -> str:
-        return format(record[key], form) if record.get(key) is not None else "–"
-
-    lines = [
-        f"`{command}`",
-        "",
-        "| target | model | parameters | KL (nats) | ± | NLL (nats) | leakage | energy distance "
-        "(of data) | round trip | ‖AA⁻¹−I‖ | log-det error | seconds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for record in records:
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    record["target"],
-                    record["model"],
-                    str(record["parameters"]),
-                    cell(record, "kl_nats", ".4f"),
-                    cell(record, "kl_standard_error", ".4f"),
-                    cell(record, "nll_nats", ".4f"),
-                    cell(record, "leakage", ".4f"),
-                    f"{record['energy_distance']:.1e} ({record['energy_distance_of_data']:.1e})",
-                    cell(record, "round_trip_error", ".1e"),
-                    cell(record, "inverse_error", ".1e"),
-                    cell(record, "logabsdet_error", ".1e"),
-                    cell(record, "seconds", ".0f"),
-                ]
-            )
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--target", choices=sorted(TARGETS), default="checkerboard")
-    chosen.add_argument("--all", action="store_true", help="every target, as in Figure 5")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="quick")
-    parser.add_argument("--compare", action="store_true", help="train the RealNVP baseline too")
-    parser.add_argument("--tuned", action="store_true", help="train P4Inv by a better recipe too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--output", type=Path, default=Path("results/toy_density"))
-    return parser.parse_args()
+COLUMNS = {
+    "target": lambda r: r["target"],
+    "model": lambda r: r["model"],
+    "parameters": lambda r: str(r["parameters"]),
+    "KL (nats)": lambda r: f"{r['kl_nats']:.4f}",
+    "±": lambda r: f"{r['kl_standard_error']:.4f}",
+    "NLL (nats)": lambda r: f"{r['nll_nats']:.4f}",
+    "leakage": lambda r: f"{r['leakage']:.4f}",
+    "energy distance (of data)": lambda r: (
+        f"{r['energy_distance']:.1e} ({r['energy_distance_of_data']:.1e})"
+    ),
+    "round trip": lambda r: f"{r['round_trip_error']:.1e}",
+    "‖AA⁻¹−I‖": lambda r: f"{r['inverse_error']:.1e}",
+    "log-det error": lambda r: f"{r['logabsdet_error']:.1e}",
+    "seconds": lambda r: f"{r['seconds']:.0f}",
+}
 
 
 def main() -> None:
-    """Train what is asked for, then write figure, table and JSON."""
-    arguments = parse_arguments()
+    """Train what is missing, then write figures and table of what is there."""
+    parser = command_line(__doc__, "results/toy_density", PRESETS)
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--target", choices=sorted(TARGETS), default="checkerboard")
+    chosen.add_argument("--all", action="store_true", help="every target, as in Figure 5")
+    parser.add_argument("--compare", action="store_true", help="train the RealNVP baseline too")
+    parser.add_argument("--tuned", action="store_true", help="train P4Inv by a better recipe too")
+    arguments = parser.parse_args()
     output, preset, seed = arguments.output, arguments.preset, arguments.seed
-    output.mkdir(parents=True, exist_ok=True)
     targets = sorted(TARGETS) if arguments.all else [arguments.target]
     models = ["realnvp"] * arguments.compare + ["p4inv"] + ["tuned"] * arguments.tuned
-    jobs = [(target, model) for target in targets for model in models]
-
-    # Processes, because a flow of two dimensions cannot keep more than one core busy.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        futures = [pool.submit(run, *job, preset, seed, output, True) for job in jobs]
-        records = [future.result() for future in futures]
+    jobs = [(target, model, preset, seed, output) for target in targets for model in models]
+    if not arguments.figures:
+        in_processes(run, jobs, arguments.workers)
 
     torch.set_num_threads(1)
-    rows = {name: pictures(name, models, preset, seed, output) for name in targets}
+    found = there((record_file(*job) for job in jobs), beside=".npz")
+    rows = pictures(found)
+    drawings = {name: figure_of_one(TARGETS[name], row) for name, row in rows.items()}
+    if arguments.all:
+        drawings["all"] = figure_of_all(rows)
+    for name, drawing in drawings.items():
+        drawing.savefig(output / f"{name}-{preset}.png", dpi=150)
+        print(f"figure: {output / f'{name}-{preset}.png'}")
+    records = list(found.values())
+    numbers = table(list(COLUMNS), [cells(record, COLUMNS) for record in records], text=2)
     name = "all" if arguments.all else arguments.target
-    figure = figure_of_all(rows) if arguments.all else figure_of_one(TARGETS[name], rows[name])
-    stem = output / f"{name}-{preset}"
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    command = f"python examples/toy_density.py {'--all' if arguments.all else f'--target {name}'}"
-    command += f" --preset {preset}{' --compare' if arguments.compare else ''}"
-    command += f"{' --tuned' if arguments.tuned else ''} --seed {seed}"
-    stem.with_suffix(".md").write_text(table(records, command))
-    stem.with_suffix(".json").write_text(json.dumps(records, indent=2) + "\n")
-    print(table(records, command))
-    print(f"figure: {stem.with_suffix('.png')}")
+    publish(output / f"{name}-{preset}.md", records, numbers)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """A tiny run of each benchmark, so that it cannot rot."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import contestants
+import correction
 import pytest
+import report
+import timing
 import torch
 
 # nflows' layers call torch.qr and torch.triangular_solve.
@@ -13,26 +18,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.*is deprecated:UserWarning
 
 
 @pytest.fixture
-def run(script, monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path):
     """Runs a script with arguments; what it wrote."""
     threads = torch.get_num_threads()
 
     def runner(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *arguments, "--output", str(tmp_path)])
-        script(name).main()
+        importlib.import_module(name).main()
         return tmp_path
 
     yield runner
     torch.set_num_threads(threads)
 
 
-def test_layers(run, script, monkeypatch):
-    monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-9)
+def test_layers(run, monkeypatch):
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-9)
     arguments = ["--sizes", "4", "--rounds", "1", "--batch", "5", "--threads", "1"]
     output = run("layers", *arguments, "--no-memory")
     records = json.loads((output / "layers-1-threads.json").read_text())["records"]
     found = {(r["quantity"], r["contestant"], r["n"]) for r in records}
-    contestants = script("contestants")
     for name, contestant in contestants.entering(4).items():
         assert ("step, forward", name, 4) in found
         assert (("step, inverse", name, 4) in found) == contestant.invertible
@@ -42,8 +46,8 @@ def test_layers(run, script, monkeypatch):
     assert (output / "layers-1-threads.png").stat().st_size > 0
 
 
-def test_stack(run, script, monkeypatch):
-    monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-9)
+def test_stack(run, monkeypatch):
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-9)
     sizes = ["--sizes", "2", "3", "--blocks", "1", "2", "--batches", "3", "--rounds", "1"]
     output = run("stack", *sizes)
     records = json.loads((output / "stack.json").read_text())["records"]
@@ -52,8 +56,8 @@ def test_stack(run, script, monkeypatch):
     assert "Fitted exponent" in (output / "stack.md").read_text()
 
 
-def test_orthogonal(run, script, monkeypatch):
-    monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-9)
+def test_orthogonal(run, monkeypatch):
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-9)
     output = run("orthogonal", "--sizes", "8", "9", "--rounds", "1")
     records = json.loads((output / "orthogonal.json").read_text())["records"]
     ours = [r for r in records if r["layer"] == "P4OrthogonalTransform"]
@@ -62,20 +66,19 @@ def test_orthogonal(run, script, monkeypatch):
     assert "| torch orthogonal, cayley |" in (output / "orthogonal.md").read_text()
 
 
-def test_correction(script, monkeypatch, capsys, tmp_path):
+def test_correction(monkeypatch, capsys, tmp_path):
     output = tmp_path / "correction.json"
     small = ["--size", "8", "--draws", "1", "--timed-size", "8", "--json", str(output)]
     monkeypatch.setattr(sys, "argv", ["correction", *small])
     threads = torch.get_num_threads()
-    script("correction").main()
+    correction.main()
     torch.set_num_threads(threads)
     rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
     assert rows["LU, float64"]["float32 1e+05"] < rows["order 3, 2 steps"]["float32 1e+05"]
     assert "| LU, float64 |" in capsys.readouterr().out
 
 
-def test_every_contestant_maps_back(script):
-    contestants = script("contestants")
+def test_every_contestant_maps_back():
     x = torch.randn(5, 4)
     for name, contestant in contestants.entering(4).items():
         layer = contestant.build(4)
@@ -107,5 +110,5 @@ def test_memory():
     assert ours["peak_of_correction"] > 32 + 64
 
 
-def test_fitted_exponent(script):
-    assert script("report").fitted_exponent({2: 4.0, 4: 16.0, 8: 64.0}) == pytest.approx(2.0)
+def test_fitted_exponent():
+    assert report.fitted_exponent({2: 4.0, 4: 16.0, 8: 64.0}) == pytest.approx(2.0)

@@ -1,16 +1,17 @@
 """Our mixed coordinates and energies against bgflow's, with the parts of the example."""
 
+import functools
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from needs_bgflow import bgflow, needs_bgflow
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
 if bgflow is not None:
     pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
+    import alanine_dipeptide
     import alanine_dipeptide_bgflow as example
+    import matplotlib.pyplot as plt
     import openmm
 
     from p4flows import molecules
@@ -66,3 +67,26 @@ def test_energies_agree(setting):
     torch.testing.assert_close(energies, theirs.energy(x).squeeze(-1), rtol=1e-5, atol=1e-3)
     found, expected = (torch.autograd.grad(e.sum(), x)[0] for e in (energies, theirs.energy(x)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_script_trains_once_and_draws_what_is_kept(tmp_path, monkeypatch, capsys):
+    preset = alanine_dipeptide.Preset(2, 60, steps=2, mixed_steps=1, decay=True, models=("p4inv",))
+    monkeypatch.setitem(alanine_dipeptide.PRESETS, "quick", preset)
+    monkeypatch.setattr(alanine_dipeptide, "SAMPLES", 50)
+    shallow = functools.partial(example.realnvp_flow, 60, 1)
+    monkeypatch.setattr(example, "realnvp_flow", lambda features, blocks, swap: shallow(swap=swap))
+    # Noise that a short simulation has seen.
+    monkeypatch.setattr(alanine_dipeptide, "NOISE", 1e-4)
+    arguments = ["alanine_dipeptide_bgflow", "--workers", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    threads = torch.get_num_threads()
+    example.main()
+    table = (tmp_path / "alanine_dipeptide_bgflow-quick-0.md").read_text()
+    assert "| P4Inv | mixed |" in table and "torsion_turns" in table
+    monkeypatch.setattr(example, "BgflowProblem", None)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--figures"])
+    example.main()
+    torch.set_num_threads(threads)
+    assert (tmp_path / "alanine_dipeptide_bgflow-quick-0.md").read_text() == table
+    assert capsys.readouterr().out.count(table) == 2
+    plt.close("all")

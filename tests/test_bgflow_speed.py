@@ -1,12 +1,10 @@
 """The speed comparison with bgflow compares like with like, and a tiny run of it."""
 
 import sys
-from pathlib import Path
 
 import torch
 from needs_bgflow import bgflow, needs_bgflow
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 if bgflow is not None:
     import bgflow_speed
 

@@ -3,15 +3,12 @@
 import json
 import math
 import sys
-from pathlib import Path
 
+import image_patches as example
+import photographs
 import pytest
 import torch
 from PIL import Image
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import image_patches as example
-import photographs
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +117,13 @@ def test_script_writes_picture_and_numbers_and_continues(noisy, tmp_path, monkey
     assert "NLL" in capsys.readouterr().out
     example.main()
     assert json.loads(stem.with_suffix(".json").read_text()) == record
+
+    stem.with_suffix(".png").unlink()
+    monkeypatch.setattr(example, "Photographs", None)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--figures"])
+    example.main()
+    assert stem.with_suffix(".png").stat().st_size > 0
+    example.plt.close("all")
 
 
 def test_learned_features_are_drawn_as_they_enter_a_patch(noisy):

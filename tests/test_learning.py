@@ -1,6 +1,5 @@
 """The benchmark of learning at a toy's length, from data to table and curves."""
 
-import concurrent.futures
 import dataclasses
 import gzip
 import json
@@ -8,6 +7,10 @@ import math
 import struct
 import sys
 
+import learning
+import learning_contestants
+import learning_data as data
+import learning_report as report
 import pytest
 import torch
 from nflows.transforms import NaiveLinear
@@ -39,23 +42,20 @@ def photographs(tmp_path):
 
 
 @pytest.fixture
-def call(script, monkeypatch, tmp_path, photographs):
+def call(monkeypatch, tmp_path, photographs):
     """Runs learning.py on tiny patches and a tiny ICA, in this process; the folder it wrote to."""
-    learning, data = script("learning"), script("learning_data")
     tasks = {
         "patches8": lambda output, directory: data.patches(3, photographs),
         "ica64": lambda output, directory: data.ica(6),
     }
     monkeypatch.setattr(learning, "TASKS", learning.TASKS | tasks)
     monkeypatch.setattr(data, "held_out_rows", lambda features: 50)
-    pool = concurrent.futures.ThreadPoolExecutor
-    monkeypatch.setattr(
-        learning.concurrent.futures, "ProcessPoolExecutor", lambda workers, mp_context: pool(1)
-    )
 
     def runner(*arguments):
         monkeypatch.setattr(
-            sys, "argv", ["learning", *arguments, "--output", str(tmp_path / "out")]
+            sys,
+            "argv",
+            ["learning", *arguments, "--workers", "1", "--output", str(tmp_path / "out")],
         )
         learning.main()
         return tmp_path / "out"
@@ -110,9 +110,8 @@ def test_a_run_that_diverges_is_recorded_and_does_not_win(call):
 
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError, RuntimeError])
-def test_only_a_failed_factorisation_counts_as_diverged(script, error):
+def test_only_a_failed_factorisation_counts_as_diverged(error):
     """A mistake of the benchmark's own is not to be taken for a layer that cannot be trained."""
-    learning, data = script("learning"), script("learning_data")
 
     class Failing(NaiveLinear):
         def forward(self, inputs, context=None):
@@ -133,7 +132,7 @@ def test_table_alone_runs_nothing(call):
         call("--task", "ica64", "--steps", "8", "--table")
 
 
-def test_quick_takes_every_contestant_of_an_ica_that_learns(call, script):
+def test_quick_takes_every_contestant_of_an_ica_that_learns(call):
     output = call("--task", "ica64", "--quick")
     names = {record["contestant"] for record in records(output / "ica64-50").values()}
     assert {"p4", "p4-paper", "lu", "qr", "naive", "relative", "relative-sgd"} <= names
@@ -142,9 +141,9 @@ def test_quick_takes_every_contestant_of_an_ica_that_learns(call, script):
         assert record["curve"][-1]["value"] > -0.2
 
 
-def test_every_layer_has_the_log_determinant_of_its_jacobian(script):
+def test_every_layer_has_the_log_determinant_of_its_jacobian():
     x = torch.randn(4, 6)
-    for name, contestant in script("learning_contestants").CONTESTANTS.items():
+    for name, contestant in learning_contestants.CONTESTANTS.items():
         if not (contestant.takes_part("patches8", 6) or contestant.takes_part("ica64", 6)):
             continue
         torch.manual_seed(1)
@@ -160,9 +159,9 @@ def test_every_layer_has_the_log_determinant_of_its_jacobian(script):
         torch.testing.assert_close(logabsdet, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_relative_gradient_is_the_gradient_times_the_gram_matrix(script):
+def test_relative_gradient_is_the_gradient_times_the_gram_matrix():
     weight, x = torch.randn(5, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    relative = script("learning_contestants").RelativeGradientLinear(5).double()
+    relative = learning_contestants.RelativeGradientLinear(5).double()
     exact = NaiveLinear(5).double()
     relative.weight = nn.Parameter(weight.clone())
     exact._weight = nn.Parameter(weight.clone())
@@ -177,8 +176,7 @@ def test_relative_gradient_is_the_gradient_times_the_gram_matrix(script):
     torch.testing.assert_close(own_inputs, inputs)
 
 
-def test_excess_of_the_true_unmixing_is_zero(script):
-    data = script("learning_data")
+def test_excess_of_the_true_unmixing_is_zero():
     task = data.ica(4)
     mixing = data.mixing_matrix(4)
     assert torch.linalg.cond(mixing).item() == pytest.approx(data.CONDITION)
@@ -186,7 +184,7 @@ def test_excess_of_the_true_unmixing_is_zero(script):
     with torch.no_grad():
         flow.layer._weight.copy_(torch.linalg.inv(mixing))
         flow.layer.bias.zero_()
-    assert script("learning").evaluate(task, flow) == pytest.approx(0.0, abs=1e-5)
+    assert learning.evaluate(task, flow) == pytest.approx(0.0, abs=1e-5)
 
 
 def idx(array):
@@ -194,8 +192,7 @@ def idx(array):
     return header + array.numpy().tobytes()
 
 
-def test_mnist_is_read_from_plain_and_compressed_files(script, tmp_path):
-    data = script("learning_data")
+def test_mnist_is_read_from_plain_and_compressed_files(tmp_path):
     images = torch.randint(256, (5, 3, 2), dtype=torch.uint8)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
@@ -203,12 +200,11 @@ def test_mnist_is_read_from_plain_and_compressed_files(script, tmp_path):
     assert torch.equal(data.mnist_images(tmp_path, "t10k"), images.flatten(1))
     task = data.mnist(tmp_path)
     assert task.batch(7, torch.Generator().manual_seed(0)).shape == (7, 6)
-    assert math.isfinite(script("learning").evaluate(task, task.flow(NaiveLinear)))
+    assert math.isfinite(learning.evaluate(task, task.flow(NaiveLinear)))
 
 
-def test_nll_of_mnist_is_that_of_grey_values(script, tmp_path):
+def test_nll_of_mnist_is_that_of_grey_values(tmp_path):
     """A flow that makes the values uniform on [0, 256) has the NLL n ln 256."""
-    data = script("learning_data")
     images = torch.arange(256, dtype=torch.uint8).reshape(64, 2, 2)
     for part in ("train", "t10k"):
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
@@ -218,12 +214,11 @@ def test_nll_of_mnist_is_that_of_grey_values(script, tmp_path):
         def log_prob(self, inputs):
             return data.logistic_log_density(inputs)
 
-    nll = script("learning").evaluate(task, Logistic())
+    nll = learning.evaluate(task, Logistic())
     assert nll == pytest.approx(4 * math.log(256), rel=1e-4)
 
 
-def test_what_is_no_idx_file_is_refused(script, tmp_path):
-    data = script("learning_data")
+def test_what_is_no_idx_file_is_refused(tmp_path):
     (tmp_path / "text").write_bytes(b"text")
     with pytest.raises(ValueError, match="is not an IDX file of unsigned bytes"):
         data.read_idx(tmp_path / "text")
@@ -236,8 +231,7 @@ def test_mnist_needs_its_folder(call):
         call("--task", "mnist")
 
 
-def test_curves_are_read_between_their_points(script):
-    report = script("learning_report")
+def test_curves_are_read_between_their_points():
     points = [(0.0, 4.0), (1.0, 2.0), (3.0, 1.0)]
     record = {"curve": [{"cpu": cpu, "value": value} for cpu, value in points]}
     assert report.value_at(record, 0.5) == 3.0 and report.value_at(record, 9.0) == 1.0

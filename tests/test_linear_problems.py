@@ -1,15 +1,11 @@
 """The claims of Section 4.1, on matrices that are small enough for a test."""
 
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
+import linear_problems as example
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-import linear_problems as example
 from linear_setups import PRESETS, PROBLEMS, Method
 
 # The positive definite problem in its full size, to a loss that direct training reaches in 1,600
@@ -117,26 +113,36 @@ def test_minus_identity_is_not_reached_with_a_penalty():
     assert found["inverse_error"] < 1e-5
 
 
-def test_the_script_writes_figures_table_and_numbers_and_continues(tmp_path, monkeypatch, capsys):
+def test_the_script_writes_figures_and_table_and_continues(tmp_path, monkeypatch, capsys):
+    methods = (Method("direct"), *(Method("p4inv", every=every) for every in (1, 2, 3)))
     problem = dataclasses.replace(
-        PROBLEMS["minus_identity"], quick_size=3, steps=800, methods=(Method("direct"),) * 4
+        PROBLEMS["minus_identity"], quick_size=3, steps=800, methods=methods
     )
     monkeypatch.setitem(PROBLEMS, "minus_identity", problem)
-    pool = example.concurrent.futures.ThreadPoolExecutor
-    monkeypatch.setattr(
-        example.concurrent.futures,
-        "ProcessPoolExecutor",
-        lambda workers, mp_context: pool(1),
-    )
-    arguments = ["linear_problems", "--problem", "minus_identity", "--output", str(tmp_path)]
+    arguments = ["linear_problems", "--problem", "minus_identity", "--workers", "1"]
+    arguments += ["--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     example.main()
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
-    assert kept
+    assert len(kept) == 2 * len(methods)
     example.main()
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == kept
-    records = json.loads((tmp_path / "linear_problems-quick.json").read_text())
-    assert [entry["problem"] for entry in records] == ["minus_identity"] * 4
-    assert "| −I, 3 | direct |" in (tmp_path / "linear_problems-quick.md").read_text()
+    table = (tmp_path / "linear_problems-quick.md").read_text()
+    assert "| −I, 3 | direct |" in table and "| −I, 3 | P4Inv, N=3 |" in table
     assert (tmp_path / "minus_identity-quick.png").stat().st_size > 0
-    assert "figure: " in capsys.readouterr().out
+    capsys.readouterr()
+
+    # Of what is left, without training.
+    baseline = example.record_file("minus_identity", 0, "quick", 0, tmp_path)
+    baseline.unlink()
+    (tmp_path / "minus_identity-quick.png").unlink()
+    monkeypatch.setattr(example, "train", None)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--figures"])
+    example.main()
+    printed = capsys.readouterr()
+    assert f"missing: {baseline}" in printed.err and "figure: " in printed.out
+    rows = (tmp_path / "linear_problems-quick.md").read_text().splitlines()[4:]
+    # No ratio without the baseline.
+    assert len(rows) == 3 and all(row.split(" | ")[3] == "–" for row in rows)
+    assert (tmp_path / "minus_identity-quick.png").stat().st_size > 0
+    example.plt.close("all")

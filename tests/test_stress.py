@@ -3,38 +3,37 @@
 import sys
 
 import pytest
+import stress
 import torch
 
 CHECKS = {
-    "corrections": lambda stress: stress.corrections(quick=True),
-    "drift-2": lambda stress: stress.drift(2, 6_000, 20),
-    "drift-64": lambda stress: stress.drift(64, 600, 2),
-    "adversarial": lambda stress: stress.adversarial(4_000),
-    "interrupted": lambda stress: stress.interrupted_merges(5),
-    "faults": lambda stress: stress.faults_of_fit(),
-    "killed": lambda stress: stress.killed_fits(2),
-    "stale": lambda stress: stress.stale_backward(),
+    "corrections": lambda: stress.corrections(quick=True),
+    "drift-2": lambda: stress.drift(2, 6_000, 20),
+    "drift-64": lambda: stress.drift(64, 600, 2),
+    "adversarial": lambda: stress.adversarial(4_000),
+    "interrupted": lambda: stress.interrupted_merges(5),
+    "faults": lambda: stress.faults_of_fit(),
+    "killed": lambda: stress.killed_fits(2),
+    "stale": lambda: stress.stale_backward(),
 }
 
 
-@pytest.fixture
-def stress(script):
-    if not sys.platform.startswith("linux"):
-        pytest.skip("forks and reads /proc")
-    return script("stress")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="forks and reads /proc"
+)
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_nothing_fails(stress, name):
+def test_nothing_fails(name):
     torch.manual_seed(0)
-    rows = [stress.Row(*row) for row in CHECKS[name](stress) if row is not None]
+    rows = [stress.Row(*row) for row in CHECKS[name]() if row is not None]
     assert rows
     for row in rows:
         assert row.cases > 0
         assert row.passed, row
 
 
-def test_the_table_and_the_exit_status(stress, monkeypatch, capsys, tmp_path):
+def test_the_table_and_the_exit_status(monkeypatch, capsys, tmp_path):
     def checks(quick, merges):
         def check():
             yield None

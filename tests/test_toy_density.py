@@ -2,12 +2,9 @@
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import toy_density as example
 
 from p4flows.toy import TARGETS
@@ -45,14 +42,46 @@ def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path):
     assert record["kl_nats"] == whole["kl_nats"]
 
 
-def test_figures_and_table_have_all_models(tmp_path):
-    models = list(example.MODELS)
-    records = [run(model, tmp_path) for model in models]
-    lines = example.table(records, "the command").splitlines()
-    assert lines[0] == "`the command`" and len(lines) == 4 + len(models)
-    columns = example.pictures("moons", models, "short", 0, tmp_path)
-    assert len(example.figure_of_one(TARGETS["moons"], columns).axes) == 2 * (1 + len(models))
-    figure = example.figure_of_all({"moons": columns, "circles": columns})
+def refuse(*arguments, **keywords):
+    raise AssertionError("trains")
+
+
+def test_figures_and_table_are_made_of_records_alone(tmp_path, monkeypatch, capsys):
+    for name in ("moons", "circles"):
+        for model in example.MODELS:
+            if (name, model) != ("circles", "tuned"):
+                example.run(name, model, "short", 0, tmp_path, progress=False)
+    monkeypatch.setattr(example, "fit", refuse)
+    arguments = ["--all", "--preset", "short", "--compare", "--tuned", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["toy_density", *arguments, "--figures"])
+    example.main()
+    printed = capsys.readouterr()
+    assert f"missing: {tmp_path / 'circles-tuned-short-0.json'}" in printed.err
+    text = (tmp_path / "all-short.md").read_text()
+    assert text in printed.out and len(text.splitlines()) == 4 + 5
+    assert "| moons | P4Inv, tuned |" in text and ", seed 0; commit " in text
+    for name in ("all", "moons", "circles"):
+        assert (tmp_path / f"{name}-short.png").stat().st_size > 0
+    example.plt.close("all")
+
+
+def test_figures_have_a_column_for_each_model(tmp_path):
+    files = [tmp_path / f"moons-{model}-short-0.json" for model in example.MODELS]
+    records = {
+        file: run(model, tmp_path) for file, model in zip(files, example.MODELS, strict=True)
+    }
+    columns = example.pictures(records)["moons"]
+    assert len(example.figure_of_one(TARGETS["moons"], columns).axes) == 2 * (1 + len(files))
+    figure = example.figure_of_all({"moons": columns, "circles": columns[:-1]})
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == [title for title, *_ in columns] + [""] * len(columns)
+    # What is drawn is what the trained flow gives.
+    target, short = TARGETS["moons"], example.PRESETS["short"]
+    flow, _ = example.train(
+        target, example.MODELS["p4inv"], short, 0, tmp_path / "moons-p4inv-short-0.pt", False
+    )
+    (_, samples, log_density) = columns[2]
+    torch.manual_seed(0)
+    torch.testing.assert_close(samples, flow.sample(300))
+    torch.testing.assert_close(log_density, flow.log_prob(example.grid(target.limits)))
     example.plt.close("all")

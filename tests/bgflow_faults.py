@@ -1,6 +1,6 @@
 """What fails with bgflow's InvertiblePPPP and PPPPScheduler, side by side with p4flows.
 
-    python benchmarks/bgflow_faults.py
+    python tests/bgflow_faults.py
 
 Every case does the same with the layers of both and says what came of it. Without bgflow there is
 only one side; docs/bgflow.md has the command that installs it.
