@@ -89,7 +89,7 @@ def drift(size: int, merges: int, batch: int) -> Iterator[Row | None]:
                 noise = torch.randn(matrix.u.shape, generator=generator)
                 matrix.u.data.copy_(scale * size**-0.5 * noise)
                 last = merge % CORRECT_EVERY == 0
-                outcome = merge_together([matrix], False, "normal").outcome
+                outcome = merge_together([matrix], False).outcome
                 done += int(outcome.merged.sum())
                 if last:
                     error = matrix.error()
@@ -149,7 +149,7 @@ def adversarial(cases: int) -> Iterator[Row | None]:
         matrix.u.data.copy_(u)
         matrix.v.data.copy_(v)
         before = {name: buffer.clone() for name, buffer in matrix.named_buffers()}
-        report = merge_together([matrix], force, "normal")
+        report = merge_together([matrix], force)
         merged = report.outcome.merged
         right = matrix.error().is_right(8, torch.float32)
         carried = report.condition * torch.finfo(torch.float32).eps < CONDITION_EPS
@@ -181,7 +181,7 @@ def memory(merges: int) -> Iterator[Row | None]:
         if merge == merges // 10:
             before = resident()
         matrix.u.data.normal_(std=1e-3)
-        merge_together([matrix], False, "normal", merge % CORRECT_EVERY == 0)
+        merge_together([matrix], False, merge % CORRECT_EVERY == 0)
         yield None
     yield Row("memory in merges, MiB", merges, (resident() - before) / 2**20, 4.0)
 

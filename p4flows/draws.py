@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# How v is drawn anew, by name: see `PerturbedMatrix.attempt_merge`.
+# How v is drawn, by name: see `PerturbedMatrix.draw_as`.
 Draw = Literal["normal", "basis"]
 
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -58,8 +58,9 @@ class MergeHook:
             points along the old v is carried over to the new one, second moments stay. "v" (the
             paper): the state of v starts anew, u keeps its own. `LBFGS` keeps one history for all
             parameters together; it starts anew as a whole.
-        draw: how v is redrawn: "basis", in turn from the columns of random orthogonal bases, or
-            "normal", independently (the paper).
+        draw: how the matrices draw v from now on: "basis", in turn from the columns of random
+            orthogonal bases, or "normal", independently (the paper); see
+            `PerturbedMatrix.draw_as`.
         process_group: processes that train the same module; they are compared at each merge, by one
             reduction of a few numbers. By default that of a `DistributedDataParallel` in the
             module, or none.
@@ -111,8 +112,6 @@ class MergeHook:
                 check_positive_int(name, interval)
         if restart not in ("carry", "v"):
             raise ValueError(f"restart must be 'carry' or 'v', got {restart!r}")
-        if draw not in get_args(Draw):
-            raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
         matrices = {
             name or type(found).__name__: found
             for name, found in module.named_modules()
@@ -123,11 +122,13 @@ class MergeHook:
         refuse_what_cannot_merge(matrices, inner)
         if inner is not None:
             _check_held(matrices, inner)
+        for matrix in matrices.values():
+            matrix.draw_as(draw)
         self.every = every
         self.force_every = force_every
         self.correct_every = correct_every
         self.restart = restart
-        self.draw: Draw = draw
+        self.draw = draw
         self.stats = MergeStats()
         self._steps = 0
         self._merges = 0
@@ -384,7 +385,7 @@ class MergeHook:
         complete = True
         for group in self._groups():
             matrices = list(group.values())
-            report = merge_together(matrices, force, self.draw, correct)
+            report = merge_together(matrices, force, correct)
             # All that the host has to know of the group, in one read.
             numbers = _for_host(report, len(matrices))
             self._count(numbers)

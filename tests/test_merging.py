@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 import p4flows.merging
-from p4flows import InvertibleMatrix, MergeBounds, MergeHook, P4InvTransform
+from p4flows import (
+    InvertibleMatrix,
+    MergeBounds,
+    MergeHook,
+    P4InvTransform,
+    P4OrthogonalTransform,
+)
 from p4flows.attaching import driver_of
 from p4flows.merge_stats import MergeStats
 
@@ -252,28 +258,63 @@ def test_training_on_the_penalty_leads_back_inside():
     assert penalties[-1] < 1e-4
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_draws_from_a_basis_visit_all_directions_in_turn(rank):
+LINEAR = {
+    "relative": P4InvTransform,
+    "additive": lambda size, rank: P4InvTransform(size, rank=rank, perturbation="additive"),
+    "orthogonal": P4OrthogonalTransform,
+}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 6])
+@pytest.mark.parametrize("kind", LINEAR)
+def test_the_first_n_directions_are_a_whole_basis_and_every_n_after_them(kind, rank):
     size = 6
     stacked, alone = (
-        nn.ModuleList([P4InvTransform(size, rank=rank) for _ in range(count)]) for count in (2, 1)
+        nn.ModuleList([LINEAR[kind](size, rank=rank) for _ in range(count)]) for count in (2, 1)
     )
     for layers in (stacked, alone):
         optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
         hook = MergeHook(layers, optimizer, every=1, draw="basis")
         drawn = []
-        # The constructor has drawn once; from here to the end of the next basis and through it.
-        for _ in range(2 * size // rank - 1):
-            loss = sum(layer(torch.ones(1, size))[0].square().sum() for layer in layers)
+        for _ in range(2 * size // rank):
+            drawn.append(torch.stack([layer.matrix.v.detach().clone() for layer in layers]))
+            loss = sum((layer(torch.ones(1, size))[0] - 2).square().sum() for layer in layers)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            drawn.append(torch.stack([layer.matrix.v.detach() for layer in layers]))
         assert hook.stats.skipped == 0
-        basis = torch.cat(drawn[-size // rank :], dim=-1)
-        torch.testing.assert_close(
-            basis @ basis.mT, size / rank * torch.eye(size).expand(len(layers), -1, -1)
-        )
+        for basis in (drawn[: size // rank], drawn[size // rank :]):
+            basis = torch.cat(basis, dim=-1)
+            torch.testing.assert_close(
+                basis @ basis.mT, size / rank * torch.eye(size).expand(len(layers), -1, -1)
+            )
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_a_checkpoint_goes_on_with_the_same_directions(kind):
+    layer, again = (LINEAR[kind](5, rank=2) for _ in range(2))
+    optimizer, _ = hooked(layer, every=2)
+    train(layer, optimizer, 3)
+    again.load_state_dict(layer.state_dict())  # before the hook, which leaves what was trained
+    optimizer_again, _ = hooked(again, every=2)
+    optimizer_again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for module, each in ((layer, optimizer), (again, optimizer_again)):
+        train(module, each, 8, seed=1)
+    assert layer.matrix.draws == 6
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_hook_draws_no_direction_anew_that_was_trained():
+    layers = [P4InvTransform(4, rank=1, perturbation="additive") for _ in range(3)]
+    with torch.no_grad():
+        layers[0].matrix.u[0] = 0.1
+    layers[1].matrix.merge()
+    before = [layer.matrix.v.detach().clone() for layer in layers]
+    MergeHook(nn.ModuleList(layers))
+    kept = [torch.equal(v, layer.matrix.v) for v, layer in zip(before, layers, strict=True)]
+    assert kept == [True, True, False]
+    assert [layer.matrix.draws.item() for layer in layers] == [1, 2, 1]
 
 
 def test_the_counts_continue_from_a_state_dict():

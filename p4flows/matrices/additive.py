@@ -124,7 +124,7 @@ class Additive(Perturbation):
     name = "additive"
     layout_version = 1
     trains_v = True
-    first_draw = "normal"
+    draw = "normal"
     multiply_rows = staticmethod(Multiply.apply)
     solve_rows = staticmethod(Solve.apply)
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from p4flows.arguments import check_positive_int
-from p4flows.draws import Draw
 from p4flows.linalg import (
     add_product,
     inverse_small,
@@ -121,6 +120,7 @@ class InvertibleMatrix(PerturbedMatrix):
             raise ValueError(f"perturbation must be 'relative' or 'additive', got {perturbation!r}")
         check_positive_int("size", size)
         self.perturbation = perturbation
+        self.draw = self._kind.draw
         rank = default_rank(size) if rank is None else rank
         super().__init__(size, batch_shape, rank, init, device, dtype)
         self.bounds = bounds
@@ -130,10 +130,6 @@ class InvertibleMatrix(PerturbedMatrix):
     @property
     def _kind(self) -> Perturbation:
         return _PERTURBATIONS[self.perturbation]
-
-    @property
-    def _first_draw(self) -> Draw:
-        return self._kind.first_draw
 
     @property
     def _scale(self) -> float:

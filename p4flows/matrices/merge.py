@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from p4flows.draws import Draw, random_signs
+from p4flows.draws import random_signs
 from p4flows.linalg import norm_1
 from p4flows.matrices.precision import is_autocast
 
@@ -97,14 +97,13 @@ class MergeReport(NamedTuple):
 
 @torch.no_grad()
 def merge_together(
-    matrices: Sequence["PerturbedMatrix"], force: bool, draw: Draw, correct: bool = False
+    matrices: Sequence["PerturbedMatrix"], force: bool, correct: bool = False
 ) -> MergeReport:
     """Merge matrices of one layout by the same calls.
 
     Args:
         matrices: at least one; where there are several, their `layout()` is the same.
         force: merge also what is outside its bounds.
-        draw: how v is drawn anew; see `PerturbedMatrix.attempt_merge`.
         correct: compute all inverses and log-determinants anew as well.
 
     Returns:
@@ -114,7 +113,7 @@ def merge_together(
     device = first.frozen.device.type
     if is_autocast(device):
         with torch.autocast(device, enabled=False):
-            return merge_together(matrices, force, draw, correct)
+            return merge_together(matrices, force, correct)
     state = read_state(matrices)
     finite = (state["u"].isfinite() & state["v"].isfinite()).flatten(-2).all(-1)
     found = first._merged(state, finite, force)
@@ -125,7 +124,7 @@ def merge_together(
         fresh, lost = first._corrected({**state, **after})
         after.update(fresh)
         corrected, rescued = torch.ones_like(corrected), rescued | lost
-    after.update(first._restarted(state, found.merged | reset, draw))
+    after.update(first._restarted(state, found.merged | reset))
     before = state["v"].clone()
     write_state(matrices, after)
     outcome = MergeOutcome(found.merged, found.forced, reset)

@@ -27,7 +27,7 @@ class Perturbation(abc.ABC):
         name: as users write it.
         layout_version: what tells states of the kinds apart in a `state_dict`.
         trains_v: whether v is trained from the start, or only redrawn.
-        first_draw: how v is drawn at first and after a reset.
+        draw: how v is drawn unless a `MergeHook` says otherwise.
         multiply_rows: function of (x, b, u, v, A, A⁻¹, ln|det A|, what rounding cut off of it) that
             returns Ã x + b and ln|det Ã| of each row of a single matrix, with hand-written
             gradients.
@@ -38,7 +38,7 @@ class Perturbation(abc.ABC):
     name: str
     layout_version: int
     trains_v: bool
-    first_draw: Draw
+    draw: Draw
     multiply_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
     solve_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
 

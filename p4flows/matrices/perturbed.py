@@ -93,6 +93,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         frozen: buffer, A.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
+        draw: how, "normal" or "basis"; see `draw_as`, which a `MergeHook` calls.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -102,6 +103,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     _version = 1
     _init: str
+    draw: Draw = "normal"
 
     u: nn.Parameter
     v: nn.Parameter
@@ -152,11 +154,6 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             self._start()
         self._init = init if isinstance(init, str) else "identity"
         self.to(device)
-
-    @property
-    def _first_draw(self) -> Draw:
-        """How v is drawn at first and after a reset."""
-        return "normal"
 
     @property
     def _scale(self) -> float:
@@ -299,26 +296,45 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         return self.attempt_merge(force).merged
 
     @torch.no_grad()
-    def attempt_merge(self, force: bool = False, draw: Draw = "normal") -> MergeOutcome:
+    def attempt_merge(self, force: bool = False) -> MergeOutcome:
         """As `merge`, with the reasons.
 
         Args:
             force: as in `merge`.
-            draw: how v is drawn anew. "normal": from N(0, I/rank), independent of all draws before
-                (the paper). "basis": the next columns of a random orthogonal basis, of the same
-                length, so that n/rank merges in a row visit every direction equally; at rank n the
-                first basis stays.
 
         Returns:
             What was merged, what of it by force, and what was reset.
         """
-        return merge_together([self], force, draw).outcome
+        return merge_together([self], force).outcome
+
+    @torch.no_grad()
+    def draw_as(self, draw: Draw) -> None:
+        """Draw v another way from now on, and at once where it is still the first one and u = 0.
+
+        Args:
+            draw: "normal": from N(0, I/rank), independent of all draws before (the paper). "basis":
+                the next columns of random orthogonal bases, of the same length, so that the first
+                n directions, and every n after them, are a whole basis; at rank n the first one
+                stays.
+
+        Raises:
+            ValueError: when it is neither.
+        """
+        if draw not in _DRAWS:
+            raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
+        if draw != self.draw and not self.frozen.is_meta:
+            self.draw = draw
+            state = read_state([self])
+            untouched = (self.draws == 1) & (self.u == 0).flatten(-2).all(-1)
+            state["draws"] = self.draws - untouched.long()
+            write_state([self], self._restarted(state, untouched))
+        self.draw = draw
 
     @torch.no_grad()
     def reset(self) -> None:
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
         everywhere = torch.ones_like(self.draws, dtype=torch.bool)
-        write_state([self], self._restarted(read_state([self]), everywhere, self._first_draw))
+        write_state([self], self._restarted(read_state([self]), everywhere))
 
     @torch.no_grad()
     def assign(self, init: str | Tensor) -> None:
@@ -335,7 +351,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         matrix = _initial_matrix(self.size, self.batch_shape, init).to(self.frozen)
         state = self._state_of(matrix)
         everywhere = torch.ones_like(self.draws, dtype=torch.bool)
-        state.update(self._restarted(read_state([self]), everywhere, self._first_draw))
+        state.update(self._restarted(read_state([self]), everywhere))
         write_state([self], state)
 
     @torch.no_grad()
@@ -367,14 +383,14 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.assign(matrix)
         return ()
 
-    def _restarted(self, state: State, where: Tensor, draw: Draw) -> State:
+    def _restarted(self, state: State, where: Tensor) -> State:
         """u = 0 and v drawn anew for the matrices in `where`."""
         seed, draws, v = state["seed"], state["draws"], state["v"]
         # All directions are in the first basis already: in another one, an optimizer's averages of
         # squares would be those of other directions.
-        stays = draw == "basis" and self.rank == self.size
+        stays = self.draw == "basis" and self.rank == self.size
         counter = torch.zeros_like(draws) if stays else draws
-        fresh = _DRAWS[draw](seed, counter, (self.size, self.rank))
+        fresh = _DRAWS[self.draw](seed, counter, (self.size, self.rank))
         fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(v.dtype)
         column = where[..., None, None]
         return {
@@ -435,6 +451,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             self.u.device,
             self.u.requires_grad,
             self.v.requires_grad,
+            self.draw,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -204,7 +204,7 @@ class Relative(Perturbation):
     name = "relative"
     layout_version = 2
     trains_v = False
-    first_draw = "basis"
+    draw = "basis"
     multiply_rows = staticmethod(multiply_rows)
     solve_rows = staticmethod(Solve.apply)
 

@@ -181,6 +181,7 @@ class BentStack(Transform):
                 perturbation=matrix.perturbation,
             )
             layer = layer.to(self.bias)
+            layer.matrix.draw = matrix.draw
             assert layer.bias is not None
             layer.bias.copy_(self.bias[index])
             layers.append(layer)

@@ -31,7 +31,7 @@ def group(kind, count):
     for _ in range(2):
         for matrix in matrices:
             perturb(matrix, generator)
-        merge_together(matrices, force=False, draw="normal")
+        merge_together(matrices, force=False)
     for matrix in matrices:
         perturb(matrix, generator)
     return matrices
@@ -72,14 +72,14 @@ def test_a_merge_that_is_interrupted_anywhere_changes_nothing(kind, count, corre
     matrices = group(kind, count)
     before = states(matrices)
     whole = copy.deepcopy(matrices)
-    merge_together(whole, False, "normal", correct)
+    merge_together(whole, False, correct)
     after = states(whole)
     assert not same(before, after)
     operations = 0
     while True:
         try:
             with InterruptsAt(operations):
-                merge_together(matrices, False, "normal", correct)
+                merge_together(matrices, False, correct)
         except Interrupted:
             # The write is one operation: what comes after it finds all of it done.
             if same(states(matrices), after):

@@ -140,7 +140,7 @@ def test_a_forced_merge_through_the_singular_matrices_is_repaired(dtype):
     matrix.u.copy_(normal(SIZE, 1, seed=2))
     small = 1e3 * EPS[dtype]
     matrix.u.mul_((-1 + small) / (matrix.v.mT @ matrix.inverse_frozen @ matrix.u))
-    report = merge_together([matrix], force=True, draw="normal")
+    report = merge_together([matrix], force=True)
     assert report.outcome.forced
     error = matrix.error()
     assert error.condition * small > 1e2
@@ -152,7 +152,7 @@ def test_a_forced_merge_through_the_singular_matrices_is_repaired(dtype):
     # One step back, to where the matrix is well conditioned again and the loss would show.
     matrix.v.copy_(normal(SIZE, 1, seed=5))
     matrix.u.copy_(-normal(SIZE, 1, seed=3))
-    report = merge_together([matrix], force=True, draw="normal")
+    report = merge_together([matrix], force=True)
     assert report.outcome.merged and report.corrected
     error = matrix.error()
     assert error.condition < 1e5

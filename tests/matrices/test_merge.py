@@ -61,7 +61,7 @@ def test_a_merge_changes_nothing_beyond_rounding(given_matrix, merges):
         lemma = norm(torch.linalg.inv(g)) * norm(u) * norm(v) * (1 if relative else norm(x))
         dense, inverse, (sign, logabsdet) = matrix.dense(), matrix.inverse(), matrix.slogdet()
 
-        report = merge_together([matrix], force=True, draw="normal")
+        report = merge_together([matrix], force=True)
         assert report.outcome.merged.all()
         # What the probe found off is more exact than what it was.
         kept, ratio = ~report.corrected, matrix.error().ratio

@@ -187,6 +187,7 @@ def test_replaces_lulinear_in_a_flow_of_nflows():
         blocks += [MaskedAffineAutoregressiveTransform(3, hidden_features=8)]
         blocks += [P4InvTransform(3, init=LULinear(3, identity_init=False))]
     flow = Flow(CompositeTransform(blocks), StandardNormal([3]))
-    move(flow)
+    for layer in blocks[1::2]:  # not the nets, which amplify rounding without bound then
+        move(layer)
     samples, log_prob = flow.sample_and_log_prob(10)
     torch.testing.assert_close(flow.log_prob(samples), log_prob, rtol=1e-3, atol=1e-3)
