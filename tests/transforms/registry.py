@@ -80,7 +80,7 @@ CONSTRUCTORS: dict[str, Constructor] = {
     "BentStack-paper": lambda: BentStack(2, blocks=2, **PAPER),
     "BentStack-one": lambda: BentStack(1, blocks=1),
     "BentStack-one-paper": lambda: BentStack(1, blocks=1, **PAPER),
-    "BentStack-rank2": lambda: BentStack(3, blocks=2, rank=2),
+    "BentStack-rank2": lambda: BentStack(3, blocks=3, rank=2),
     "BentStack-rank2-additive": lambda: BentStack(3, blocks=2, rank=2, perturbation="additive"),
     "BentStack-thin": lambda: BentStack(DENSE_UP_TO + 1, blocks=1, rank=2),
     "BentStack-thin-paper": lambda: BentStack(DENSE_UP_TO + 1, blocks=1, **PAPER),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform
 from nflows.transforms.permutations import ReversePermutation
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from p4flows import BentIdentity, BentStack, MergeBounds, P4InvTransform
 from p4flows.transforms import bent_cascade
@@ -63,12 +64,8 @@ def test_equal_to_the_single_layers(kind, features, blocks, rank, path, directio
 
 
 def test_the_default_takes_both_paths():
-    for features, is_dense in ((2, True), (bent_cascade.DENSE_UP_TO + 1, False)):
-        stack = BentStack(features, 1)
-        setting = bent_cascade._Setting(
-            stack.matrix.frozen, (bent_cascade.BENT, bent_cascade.INVERSE_BENT)
-        )
-        assert setting.is_dense == is_dense
+    assert bent_cascade.is_dense(2)
+    assert not bent_cascade.is_dense(bent_cascade.DENSE_UP_TO + 1)
 
 
 def test_long_stacks_neither_overflow_nor_lose_the_log_derivatives():
@@ -180,14 +177,56 @@ def test_bad_arguments_are_refused(arguments, error, message):
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_large_batches_are_equal_to_their_rows(direction, monkeypatch):
-    stack = moved(3, 2)
+    stack = moved(3, 11)
     inputs = torch.randn(101, 3, dtype=torch.float64)
     expected = getattr(stack, direction)(inputs.requires_grad_())
-    # Chunks of ten rows, and one row left over.
+    # Chunks of ten rows and one row left over, of 16 layers and some left over.
     monkeypatch.setattr(bent_cascade, "_CHUNK_ELEMENTS", 30)
     with torch.no_grad():
         found = getattr(stack, direction)(inputs)
     torch.testing.assert_close(found, expected)
+
+
+class Made(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records tensors that are made of Python's numbers: copies from the host, on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("lift_fresh", "scalar_tensor", "_to_copy"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("path", DENSE_UP_TO)
+def test_a_step_copies_nothing_from_the_host(path, direction, monkeypatch):
+    monkeypatch.setattr(bent_cascade, "DENSE_UP_TO", DENSE_UP_TO[path])
+    stack, inputs = moved(3, 4), torch.randn(6, 3, dtype=torch.float64)
+    bent_cascade._constants.cache_clear()
+    with torch.inference_mode():  # makes the constants, of which a gradient is taken later
+        stack(inputs), stack.inverse(inputs)
+    with Made() as made:
+        outputs, logabsdet = getattr(stack, direction)(inputs)
+        (outputs.sum() + logabsdet.sum()).backward()
+        with torch.no_grad():
+            getattr(stack, direction)(inputs)
+    assert made.found == []
+
+
+def test_constants_of_fake_tensors_are_not_kept():
+    stack, inputs = moved(3, 4), torch.randn(6, 3, dtype=torch.float64)
+    expected = stack(inputs)
+    bent_cascade._constants.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(inputs)
+        stack(fake)
+        torch.func.vmap(stack)(fake.unsqueeze(0))
+    torch.func.vmap(stack)(inputs.unsqueeze(0))
+    torch.testing.assert_close(stack(inputs), expected, rtol=0, atol=0)
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -206,7 +245,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_memory_without_gradients_does_not_grow_with_the_blocks():
-    inputs = torch.randn(100_000, 2)
+    inputs = torch.randn(400_000, 2)
     with LargestTensor() as no_grad, torch.no_grad():
         BentStack(2, blocks=4)(inputs)
     with LargestTensor() as trained:
