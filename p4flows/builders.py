@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
+from nflows.transforms.base import CompositeTransform, Transform
 from nflows.transforms.lu import LULinear
 from nflows.transforms.permutations import Permutation
 from torch import arange, nn, randperm
@@ -11,7 +11,6 @@ from torch import arange, nn, randperm
 from p4flows.arguments import check_columns, check_positive_int
 from p4flows.transforms import (
     AffineCoupling,
-    BentIdentity,
     BentStack,
     ColumnsTransform,
     P4InvTransform,
@@ -49,7 +48,7 @@ def bent_stacked_flow(
         features: dimension n of the data.
         blocks: number of blocks; a block has 2·(2·rank + 1)·n trainable parameters.
         rank: number of columns of u and v; 1 is the paper, None the default of `P4InvTransform`.
-        fused: whether to run all blocks as one `BentStack`.
+        fused: whether to run all blocks as one `BentStack`; either loads the other's state_dict.
         perturbation: "additive" is the paper, "relative" the default of `P4InvTransform`.
 
     Returns:
@@ -67,27 +66,17 @@ def bent_stacked_flow(
         >>> flow.sample(5).shape
         torch.Size([5, 2])
     """
-    check_positive_int("blocks", blocks)
-    if fused:
-        stack = BentStack(features, blocks, rank=rank, perturbation=perturbation)
-        return _flow(stack, features, embedding_net=_NoContext())
-    transforms: list[Transform] = []
-    for _ in range(blocks):
-        transforms += [
-            P4InvTransform(features, rank=rank, perturbation=perturbation),
-            BentIdentity(),
-            P4InvTransform(features, rank=rank, perturbation=perturbation),
-            InverseTransform(BentIdentity()),
-        ]
-    return _flow(CompositeTransform(transforms), features, embedding_net=_NoContext())
+    stack = BentStack(features, blocks, rank=rank, perturbation=perturbation)
+    transform = stack if fused else stack.to_composite()
+    return _flow(transform, features, embedding_net=_NoContext())
 
 
 def realnvp_flow(
     features: int,
     blocks: int,
-    *,
     hidden: Sequence[int] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
+    *,
     rank: int | None = 1,
     perturbation: Literal["relative", "additive"] = "additive",
     shift_activation: type[nn.Module] = nn.ReLU,

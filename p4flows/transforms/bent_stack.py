@@ -1,8 +1,9 @@
 """BentStack: all blocks of a Bent-stacked flow as one Transform over one batch of matrices."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
@@ -14,6 +15,20 @@ from p4flows.matrices.precision import is_autocast
 from p4flows.transforms.bent import BentIdentity
 from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
 from p4flows.transforms.linear import P4InvTransform
+
+# Tells states of the kinds apart where they change their layout; older ones have version 1.
+_VERSIONS = {"relative": 2, "additive": 3}
+_LAYERS = "_transforms."
+
+
+def _check_kind(perturbation: str, local_metadata: dict[str, Any], prefix: str) -> None:
+    kinds = {version: kind for kind, version in _VERSIONS.items()}
+    saved = kinds.get(local_metadata.get("version", 1), perturbation)
+    if saved != perturbation:
+        raise RuntimeError(
+            f"{prefix.rstrip('.') or 'the stack'} was saved with perturbation={saved!r} and has "
+            f"{perturbation!r}: build it with perturbation={saved!r} to load it"
+        )
 
 
 class BentStack(Transform):
@@ -40,7 +55,9 @@ class BentStack(Transform):
         TypeError: when an argument has the wrong type.
         ValueError: when one is out of range.
 
-    Under `torch.autocast` all of it is computed in the dtype of the parameters.
+    Under `torch.autocast` all of it is computed in the dtype of the parameters. It loads the
+    `state_dict` of the single layers as well, and they that of a stack; an optimizer's state is not
+    converted.
 
     Cost: forward and inverse O(blocks·D²N), logabsdet O(blocks·D²). Without gradients the memory
     does not grow with the number of blocks, nor beyond inputs and outputs with N.
@@ -80,6 +97,19 @@ class BentStack(Transform):
             dtype=dtype,
         )
         self.bias = nn.Parameter(self.matrix.u.new_zeros(2 * blocks, features))
+        self._version = _VERSIONS[perturbation]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        layers: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        for key in [key for key in state_dict if key.startswith(prefix + _LAYERS)]:
+            _check_kind(self.matrix.perturbation, local_metadata, prefix)
+            index, name = key.removeprefix(prefix + _LAYERS).split(".", 1)
+            layers[name][int(index)] = state_dict.pop(key)
+        for name, rows in layers.items():
+            state_dict[prefix + name] = torch.stack([rows[index] for index in sorted(rows)])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -163,11 +193,11 @@ class BentStack(Transform):
         return self.matrix.solve(bias.unsqueeze(1)).squeeze(1)
 
     @torch.no_grad()
-    def to_composite(self) -> CompositeTransform:
+    def to_composite(self) -> "BentComposite":
         """The same flow as single layers.
 
         Returns:
-            A `CompositeTransform` of P4InvTransform and BentIdentity layers with copies of
+            A `BentComposite` of P4InvTransform and BentIdentity layers with copies of
             parameters, inverses, log-determinants, seeds and counters.
         """
         matrix = self.matrix
@@ -188,7 +218,7 @@ class BentStack(Transform):
             activation = BentIdentity()
             transforms += [layer, InverseTransform(activation) if index % 2 else activation]
         matrix.unstack_into([layer.matrix for layer in layers])
-        return CompositeTransform(transforms)
+        return BentComposite(transforms)
 
     @classmethod
     @torch.no_grad()
@@ -241,3 +271,28 @@ class BentStack(Transform):
     def extra_repr(self) -> str:
         """What `matrix` does not show already."""
         return f"blocks={self.blocks}"
+
+
+class BentComposite(CompositeTransform):
+    """The single layers of a `BentStack`, whose `state_dict` they load as well.
+
+    Args:
+        transforms: blocks of them, as `BentStack.to_composite` makes them.
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        super().__init__(transforms)
+        matrices = (each for each in self.modules() if isinstance(each, InvertibleMatrix))
+        self._perturbation = next(matrices).perturbation
+        self._version = _VERSIONS[self._perturbation]
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if prefix + "bias" in state_dict:
+            _check_kind(self._perturbation, local_metadata, prefix)
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                name = key.removeprefix(prefix)
+                for index, row in enumerate(state_dict.pop(key)):
+                    state_dict[f"{prefix}{_LAYERS}{2 * index}.{name}"] = row
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
