@@ -127,7 +127,8 @@ def train(
     flow = MODELS[model].flow()
     matrices = [module for module in flow.modules() if isinstance(module, InvertibleMatrix)]
     highest_seen = problem.reference_energies.max().item()
-    capped = OpenMMEnergy(problem.molecule.system, TEMPERATURE, cap=(highest_seen + 10.0, 1e20))
+    energy = OpenMMEnergy(problem.molecule.system, TEMPERATURE)
+    mixed = mixed_loss(problem.coordinates, energy, cap=(highest_seen + 10.0, 1e20))
     record: dict[str, Any] = {
         "model": MODELS[model].title,
         "seed": seed,
@@ -135,7 +136,7 @@ def train(
     }
     stages = (
         ("likelihood", preset.steps, 1e-3, {}),
-        ("mixed", preset.mixed_steps, 1e-5, {"loss": mixed_loss(problem.coordinates, capped)}),
+        ("mixed", preset.mixed_steps, 1e-5, {"loss": mixed}),
     )
     for stage, steps, learning_rate, options in stages:
         optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)

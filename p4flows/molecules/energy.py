@@ -13,6 +13,7 @@ from openmm import unit
 from torch import Tensor, nn
 
 from p4flows.arguments import check_rows
+from p4flows.molecules.losses import capped, check_cap
 from p4flows.molecules.workers import start_pool
 
 
@@ -29,9 +30,7 @@ class OpenMMEnergy(nn.Module):
         workers: processes that share a batch; 0 evaluates in this one. `close()` ends them, and so
             does leaving a `with` block or the end of this process. Where one dies, all are started
             anew and the batch is evaluated again, with a warning.
-        cap: (high, highest) in k_BT, or None. Above `high`, u is high + ln(1 + u − high); above
-            `highest` it is constant, as it is where u is infinite (Noé et al. 2019): samples of an
-            untrained flow have energies of 10²⁰ k_BT.
+        cap: as in `mixed_loss`, where it belongs: u is capped wherever it is asked for.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -70,8 +69,7 @@ class OpenMMEnergy(nn.Module):
         known = [openmm.Platform.getPlatform(i).getName() for i in _platforms()]
         if platform not in known:
             raise ValueError(f"platform must be one of {known}, got {platform!r}")
-        if cap is not None and not cap[0] < cap[1]:
-            raise ValueError(f"cap must have low < high, got {cap}")
+        check_cap(cap)
         self.features = 3 * system.getNumParticles()
         self.temperature = temperature
         self.workers = workers
@@ -96,11 +94,7 @@ class OpenMMEnergy(nn.Module):
         """
         check_rows(positions, self.features)
         energies: Tensor = _Energy.apply(positions, self)  # type: ignore[no-untyped-call]
-        if self.cap is None:
-            return energies
-        high, highest = self.cap
-        excess = (energies.clamp(max=highest) - high).clamp_min(0.0)
-        return torch.where(energies > high, high + torch.log1p(excess), energies)
+        return capped(energies, self.cap)
 
     def evaluate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Uncapped energies and forces, without autograd.

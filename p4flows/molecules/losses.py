@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from nflows.flows.base import Flow
 from nflows.transforms.base import Transform
 from torch import Tensor
@@ -9,14 +10,42 @@ from torch import Tensor
 Energy = Callable[[Tensor], Tensor]
 
 
-def energy_loss(flow: Flow, coordinates: Transform, energy: Energy, samples: int) -> Tensor:
+def check_cap(cap: tuple[float, float] | None) -> None:
+    """Refuse a cap, as in `mixed_loss`, whose first number is not below its second."""
+    if cap is not None and not cap[0] < cap[1]:
+        raise ValueError(f"cap must have low < high, got {cap}")
+
+
+def capped(energies: Tensor, cap: tuple[float, float] | None) -> Tensor:
+    """Energies of any shape, in k_BT, with a cap as in `mixed_loss` (Noé et al. 2019).
+
+    Example:
+        >>> capped(torch.tensor([1.0, 3.0, torch.inf]), (2.0, 10.0))
+        tensor([1.0000, 2.6931, 4.1972])
+    """
+    if cap is None:
+        return energies
+    high, highest = cap
+    excess = (energies.clamp(max=highest) - high).clamp_min(0.0)
+    return torch.where(energies > high, high + torch.log1p(excess), energies)
+
+
+def energy_loss(
+    flow: Flow,
+    coordinates: Transform,
+    energy: Energy,
+    samples: int,
+    *,
+    cap: tuple[float, float] | None = None,
+) -> Tensor:
     """J_e = E_z[u(F_zx(z)) − ln R_zx(z)], the reverse KL divergence up to a constant (equation 6).
 
     Args:
         flow: an nflows `Flow` of the coordinates' features, data → noise in the forward direction.
         coordinates: positions → features, as `MixedCoordinateTransform`.
-        energy: positions → reduced energies, as `OpenMMEnergy` with a cap.
+        energy: positions → reduced energies, as `OpenMMEnergy`.
         samples: number of noise vectors z.
+        cap: as in `mixed_loss`.
 
     Returns:
         A differentiable scalar.
@@ -28,27 +57,35 @@ def energy_loss(flow: Flow, coordinates: Transform, energy: Energy, samples: int
         torch.Size([])
     """
     noise = flow._distribution.sample(samples)
+    # nflows has no public way to the log-determinant of the inverse.
     features, flow_volume = flow._transform.inverse(noise)
     positions, volume = coordinates.inverse(features)
-    return (energy(positions) - volume - flow_volume).mean()
+    return (capped(energy(positions), cap) - volume - flow_volume).mean()
 
 
 def mixed_loss(
-    coordinates: Transform, energy: Energy, *, ratio: float = 0.05
+    coordinates: Transform,
+    energy: Energy,
+    *,
+    ratio: float = 0.05,
+    cap: tuple[float, float] | None = None,
 ) -> Callable[[Flow, Tensor], Tensor]:
     """The loss J = w_l J_l + w_e J_e of equation 6, for `fit(loss=...)`.
 
     Args:
         coordinates: positions → features, as `MixedCoordinateTransform`.
-        energy: positions → reduced energies, as `OpenMMEnergy` with a cap.
+        energy: positions → reduced energies, as `OpenMMEnergy`.
         ratio: w_e/w_l, where w_l + w_e = 1; 0.05 in Appendix H.
+        cap: (high, highest) in k_BT, or None. Above `high`, u is high + ln(1 + u − high); above
+            `highest` it is constant, as it is where u is infinite: samples of an untrained flow
+            have energies of 10²⁰ k_BT.
 
     Returns:
         A function of (flow, batch of features) that draws as many noise vectors as the batch has
         rows.
 
     Raises:
-        ValueError: when the ratio is negative.
+        ValueError: when the ratio is negative, or the cap not a pair with low < high.
 
     Example:
         >>> loss = mixed_loss(coordinates=None, energy=None, ratio=-1.0)
@@ -58,11 +95,12 @@ def mixed_loss(
     """
     if ratio < 0:
         raise ValueError(f"ratio must not be negative, got {ratio}")
+    check_cap(cap)
     weight = ratio / (1.0 + ratio)
 
     def loss(flow: Flow, batch: Tensor) -> Tensor:
         likelihood = -flow.log_prob(batch).mean()
-        reverse = energy_loss(flow, coordinates, energy, len(batch))
+        reverse = energy_loss(flow, coordinates, energy, len(batch), cap=cap)
         return (1.0 - weight) * likelihood + weight * reverse
 
     return loss

@@ -89,12 +89,30 @@ def test_a_negative_ratio_is_refused(coordinates):
         molecules.mixed_loss(coordinates, harmonic, ratio=-0.1)
 
 
+def test_a_cap_that_is_none_is_refused(coordinates):
+    with pytest.raises(ValueError, match=r"cap must have low < high, got \(3.0, 2.0\)"):
+        molecules.mixed_loss(coordinates, harmonic, cap=(3.0, 2.0))
+
+
+def test_the_loss_caps_energies(coordinates):
+    flow, batch = gaussian_flow(0.8), torch.randn(50, 2, dtype=torch.float64)
+    highest = 5.0 + math.log1p(15.0)
+    found = []
+    for energy, cap in (
+        (lambda x: 50.0 + harmonic(x), (5.0, 20.0)),
+        (lambda x: torch.full_like(x[:, 0], highest), None),
+    ):
+        torch.manual_seed(1)
+        found.append(molecules.mixed_loss(coordinates, energy, ratio=2.0, cap=cap)(flow, batch))
+    torch.testing.assert_close(*found)
+
+
 def test_energy_based_training_lowers_energies(molecule, frames):
     torch.manual_seed(0)
     data = frames.float()
     coordinates = molecules.MixedCoordinateTransform(data, molecule.topology)
     features = coordinates(data)[0]
-    energy = molecules.OpenMMEnergy(molecule.system, 600.0, cap=(50.0, 1e20))
+    energy, cap = molecules.OpenMMEnergy(molecule.system, 600.0), (50.0, 1e20)
     flow = realnvp_flow(60, 2, hidden=(16,))
     optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)
     hook = MergeHook(flow, optimizer, every=5)
@@ -105,7 +123,7 @@ def test_energy_based_training_lowers_energies(molecule, frames):
         steps=30,
         optimizer=optimizer,
         hook=hook,
-        loss=molecules.mixed_loss(coordinates, energy, ratio=1.0),
+        loss=molecules.mixed_loss(coordinates, energy, ratio=1.0, cap=cap),
         progress=False,
     )
     assert hook.stats.merged > 0
