@@ -12,6 +12,7 @@ from p4flows.parametrize import invertible, orthogonal
 from p4flows.training import fit
 
 if TYPE_CHECKING:
+    from p4flows.base_distribution import BaseNormal
     from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
     from p4flows.conversion import plain, swap_linear
     from p4flows.transforms import (
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AveragedModel",
+    "BaseNormal",
     "BentIdentity",
     "BentStack",
     "ElementwiseAverageWarning",
@@ -52,6 +54,7 @@ __all__ = [
 # Imported when they are first asked for: they need nflows, which brings tensorboard and matplotlib
 # along, and a weight of an nn.Linear does not.
 _NEED_NFLOWS = {
+    "base_distribution": ("BaseNormal",),
     "builders": ("bent_stacked_flow", "realnvp_flow", "spline_flow"),
     "conversion": ("plain", "swap_linear"),
     "transforms": (

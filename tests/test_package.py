@@ -18,6 +18,7 @@ CONTRACT = {
     "AveragedModel",
     "BentIdentity",
     "BentStack",
+    "BaseNormal",
     "ElementwiseAverageWarning",
     "InvertibleMatrix",
     "MergeBounds",
