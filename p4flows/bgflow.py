@@ -4,7 +4,7 @@ A Flow is called as `flow(x, inverse=False)` and returns `(y, dlogp)`, where x h
 batch shape and dlogp has shape `(..., 1)`. All mathematics stays in `p4flows.transforms`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from nflows.transforms.base import Transform
@@ -31,16 +31,28 @@ except (ImportError, AttributeError) as error:  # AttributeError: a constant tha
 
 
 class TransformFlow(Flow):
-    """An nflows Transform of rows as a bgflow Flow; `as_flow` makes it.
+    """An nflows Transform of rows as a bgflow Flow, by its other name `as_flow`.
+
+    It maps tensors of shape `(..., n)`, with dlogp of shape `(..., 1)`. A context of shape
+    `(..., m)` is given as `flow(x, context=context)`, through a SequentialFlow as well.
 
     Args:
-        transform: maps rows of shape `(N, n)`; the flow maps tensors of shape `(..., n)`.
+        transform: maps rows of shape `(N, n)`. It is not copied.
 
     Attributes:
         transform: the very same object, which keeps its parameters.
 
     Raises:
-        TypeError: when the transform is not an nflows Transform.
+        TypeError: when the transform is not an nflows Transform; when the flow is called with
+            several tensors or with one that is not floating-point.
+        ValueError: when the batch shape of a context is not that of the inputs.
+
+    Example:
+        >>> import torch
+        >>> from nflows.transforms import LULinear
+        >>> y, dlogp = as_flow(LULinear(3))(torch.randn(5, 2, 3))
+        >>> y.shape, dlogp.shape
+        (torch.Size([5, 2, 3]), torch.Size([5, 2, 1]))
     """
 
     def __init__(self, transform: Transform) -> None:
@@ -85,42 +97,32 @@ def _apply_to_rows(
     return outputs.reshape(*batch, outputs.shape[-1]), logabsdet.reshape(*batch, 1)
 
 
-def as_flow(transform: Transform) -> TransformFlow:
-    """Make an nflows Transform a bgflow Flow.
-
-    Args:
-        transform: maps rows of shape `(N, n)`. It is not copied.
-
-    Returns:
-        A Flow of tensors of shape `(..., n)`, with dlogp of shape `(..., 1)`. A context of shape
-        `(..., m)` is given as `flow(x, context=context)`, through a SequentialFlow as well.
-
-    Raises:
-        TypeError: when the transform is not an nflows Transform; when the flow is called with
-            several tensors or with one that is not floating-point.
-        ValueError: when the batch shape of a context is not that of the inputs.
-
-    Example:
-        >>> import torch
-        >>> from nflows.transforms import LULinear
-        >>> y, dlogp = as_flow(LULinear(3))(torch.randn(5, 2, 3))
-        >>> y.shape, dlogp.shape
-        (torch.Size([5, 2, 3]), torch.Size([5, 2, 1]))
-    """
-    return TransformFlow(transform)
+as_flow = TransformFlow
 
 
 class FlowTransform(Transform):
-    """A bgflow Flow of a single tensor as an nflows Transform; `as_transform` makes it.
+    """A bgflow Flow of a single tensor as an nflows Transform, by its other name `as_transform`.
+
+    It maps inputs of shape `(N, ..., n)`, with logabsdet of shape `(N,)`. A context is handed on as
+    the keyword `context`, which bgflow's own layers ignore.
 
     Args:
-        flow: maps one tensor to one tensor.
+        flow: maps one tensor to one tensor; several inside a SequentialFlow are fine. It is not
+            copied.
 
     Attributes:
         flow: the very same object, which keeps its parameters.
 
     Raises:
-        TypeError: when the flow is not a bgflow Flow.
+        TypeError: when the flow is not a bgflow Flow; when the transform is called with a tensor
+            that is not floating-point.
+        ValueError: when the flow returns several tensors.
+
+    Example:
+        >>> import torch
+        >>> outputs, logabsdet = as_transform(P4InvFlow(3))(torch.randn(5, 3))
+        >>> outputs.shape, logabsdet.shape
+        (torch.Size([5, 3]), torch.Size([5]))
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -130,11 +132,11 @@ class FlowTransform(Transform):
         self.flow = flow
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The flow's forward direction; see `as_transform`."""
+        """The flow's forward direction."""
         return self._apply_flow(inputs, context, inverse=False)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The flow's inverse direction; see `as_transform`."""
+        """The flow's inverse direction."""
         return self._apply_flow(inputs, context, inverse=True)
 
     def _apply_flow(
@@ -151,29 +153,7 @@ class FlowTransform(Transform):
         return outputs[0], dlogp.flatten(1).sum(-1)
 
 
-def as_transform(flow: Flow) -> FlowTransform:
-    """Make a bgflow Flow of a single tensor an nflows Transform.
-
-    Args:
-        flow: maps one tensor to one tensor; several inside a SequentialFlow are fine. It is not
-            copied.
-
-    Returns:
-        A Transform of inputs of shape `(N, ..., n)`, with logabsdet of shape `(N,)`. A context is
-        handed on as the keyword `context`, which bgflow's own layers ignore.
-
-    Raises:
-        TypeError: when the flow is not a bgflow Flow; when the transform is called with a tensor
-            that is not floating-point.
-        ValueError: when the flow returns several tensors.
-
-    Example:
-        >>> import torch
-        >>> outputs, logabsdet = as_transform(P4InvFlow(3))(torch.randn(5, 3))
-        >>> outputs.shape, logabsdet.shape
-        (torch.Size([5, 3]), torch.Size([5]))
-    """
-    return FlowTransform(flow)
+as_transform = FlowTransform
 
 
 class P4InvFlow(TransformFlow):
@@ -181,11 +161,7 @@ class P4InvFlow(TransformFlow):
 
     Args:
         dim: n.
-        **options: those of `P4InvTransform`: rank, init, bias, using_cache, bounds.
-
-    Raises:
-        TypeError: as `P4InvTransform`.
-        ValueError: as `P4InvTransform`.
+        **options: those of `P4InvTransform`, which refuses what does not fit.
 
     Example:
         >>> import torch
@@ -206,11 +182,7 @@ class P4OrthogonalFlow(TransformFlow):
 
     Args:
         dim: n.
-        **options: those of `P4OrthogonalTransform`: rank, init, bias, using_cache.
-
-    Raises:
-        TypeError: as `P4OrthogonalTransform`.
-        ValueError: as `P4OrthogonalTransform`.
+        **options: those of `P4OrthogonalTransform`, which refuses what does not fit.
 
     Example:
         >>> import torch
@@ -243,11 +215,7 @@ class BentStackFlow(TransformFlow):
     Args:
         dim: n.
         blocks: number of blocks.
-        **options: those of `BentStack`: rank, bounds, perturbation.
-
-    Raises:
-        TypeError: as `BentStack`.
-        ValueError: as `BentStack`.
+        **options: those of `BentStack`, which refuses what does not fit.
 
     Example:
         >>> flow = BentStackFlow(2, blocks=100, rank=1, perturbation="additive")
@@ -262,7 +230,7 @@ class BentStackFlow(TransformFlow):
 def realnvp_flow(
     dim: int,
     blocks: int,
-    hidden: tuple[int, ...] = (60, 60),
+    hidden: Sequence[int] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
     *,
     rank: int | None = 1,
@@ -272,27 +240,9 @@ def realnvp_flow(
 ) -> SequentialFlow:
     """RealNVP of bgflow's own parts, channels mixed by P4Inv layers or swapped (Figure 7).
 
-    The flow of `p4flows.realnvp_flow`: with the same weights, whose order is the same, both have
-    the same forward and inverse direction.
-
-    Args:
-        dim: dimension n of the data, at least 2.
-        blocks: number of blocks of [affine coupling, swap, affine coupling, swap].
-        hidden: widths of the hidden layers of the shift and scale nets.
-        swap: "p4" for P4Inv layers with bias that start as the reverse permutation,
-            "permutation" for exchanging the two channels.
-        rank: number of columns of u and v of the P4Inv layers; 1 is the paper, None the default
-            of `P4InvFlow`.
-        perturbation: "additive" is the paper, "relative" the default of `P4InvFlow`.
-        shift_activation: class of the hidden activation of the shift nets.
-        scale_activation: class of the hidden activation of the scale nets.
-
-    Returns:
-        A `SequentialFlow`.
-
-    Raises:
-        TypeError: when an argument has the wrong type.
-        ValueError: when one is out of range.
+    The flow of `p4flows.realnvp_flow`, which says what the arguments are and what is refused: with
+    the same weights, whose order is the same, both have the same forward and inverse direction.
+    Conditional ones are those of nflows, by `as_flow`.
 
     Example:
         >>> flow = realnvp_flow(60, 25)

@@ -101,7 +101,7 @@ def _momenta(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
 
 def restart_lbfgs(optimizer: LBFGS) -> None:
     """Drop the history of LBFGS: its curvature pairs mix all parameters and fit none any more."""
-    state = optimizer.state[optimizer._params[0]]
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     evaluations = state.get("func_evals", 0)
     state.clear()
     state["func_evals"] = evaluations

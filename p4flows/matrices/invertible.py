@@ -65,8 +65,7 @@ class InvertibleMatrix(PerturbedMatrix):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
-        init: "identity", "reverse" (antidiagonal ones) or a tensor of shape `(n, n)` or
-            `(*batch_shape, n, n)`, which then gives dtype and device.
+        init: see `PerturbedMatrix`; invertible.
         bounds: when a merge is accepted.
         perturbation: "relative" or "additive" (the paper).
         device: where; by default that of init, or torch's default device.
@@ -149,27 +148,12 @@ class InvertibleMatrix(PerturbedMatrix):
 
     @on_rows
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x (Appendix B): no n × n matrix is formed or differentiated.
-
-        Args:
-            x: shape `(*batch_shape, N, n)`.
-            bias: shape `(*batch_shape, n)` or None.
-
-        Returns:
-            Tensor of the shape of x. Cost O(n²N).
-        """
+        """Ã x + bias for rows x; see `PerturbedMatrix`."""
         return self._kind.multiply(x, bias, *self.factors(), self.frozen)
 
     @on_rows
     def solve(self, y: Tensor) -> Tensor:
-        """Ã⁻¹ y for rows y, by the Sherman–Morrison–Woodbury identity (equation 3).
-
-        Args:
-            y: shape `(*batch_shape, N, n)`.
-
-        Returns:
-            Tensor of the shape of y. Cost O(n²N).
-        """
+        """Ã⁻¹ y for rows y, by the Sherman–Morrison–Woodbury identity (equation 3)."""
         return self._kind.solve(y, *self.factors(), self.inverse_frozen)
 
     @on_rows

@@ -31,9 +31,7 @@ class OrthogonalMatrix(PerturbedMatrix):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of pairs, columns of u and v.
-        init: "identity", "reverse" (antidiagonal ones) or an orthogonal tensor of shape `(n, n)` or
-            `(*batch_shape, n, n)`, which then gives dtype and device. Rounding errors in it are
-            corrected.
+        init: see `PerturbedMatrix`; orthogonal, and rounding errors in it are corrected.
         device: where; by default that of init, or torch's default device.
         dtype: by default that of init, or torch's default dtype.
 
@@ -73,15 +71,7 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     @on_rows
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x: no n × n matrix is formed or differentiated.
-
-        Args:
-            x: shape `(*batch_shape, N, n)`.
-            bias: shape `(*batch_shape, n)` or None.
-
-        Returns:
-            Tensor of the shape of x. Cost O(n²N).
-        """
+        """Ã x + bias for rows x; see `PerturbedMatrix`."""
         w, t = _reflections(*self.factors())
         y = x @ self.frozen.mT
         y = y - (y @ w) @ (w @ t).mT
@@ -89,14 +79,7 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     @on_rows
     def solve(self, y: Tensor) -> Tensor:
-        """Ã⁻¹ y = Ãᵀ y for rows y.
-
-        Args:
-            y: shape `(*batch_shape, N, n)`.
-
-        Returns:
-            Tensor of the shape of y. Cost O(n²N).
-        """
+        """Ã⁻¹ y = Ãᵀ y for rows y; see `PerturbedMatrix`."""
         w, t = _reflections(*self.factors())
         return (y - (y @ (w @ t)) @ w.mT) @ self.frozen
 

@@ -73,7 +73,7 @@ def needs_plain_operations(x: Tensor) -> bool:
     """Whether torch.compile, torch.func or autocast has to see the operations one by one."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._are_functorch_transforms_active()  # torch has no public way to ask
         or is_autocast(x.device.type)
     )
 
@@ -83,6 +83,6 @@ def logabsdet_perturbed(update: Tensor, frozen: Tensor, carry: Tensor) -> Tensor
     return (update + carry).add_(frozen)
 
 
-def for_each_row(logabsdet: Tensor, x: Tensor) -> Tensor:
-    """As `repeat`, which takes as long as three other kernels."""
-    return logabsdet.expand(len(x)).contiguous()
+def for_each_row(logabsdet: Tensor, rows: Tensor) -> Tensor:
+    """For `(*batch, N, n)` as `repeat`, which takes as long as three other kernels."""
+    return logabsdet.unsqueeze(-1).expand(rows.shape[:-1]).contiguous()

@@ -22,6 +22,7 @@ from p4flows.matrices.merge import (
     read_state,
     write_state,
 )
+from p4flows.matrices.perturbation import for_each_row
 from p4flows.matrices.precision import on_rows, storage_dtype, without_autocast
 
 _DRAWS = {"normal": standard_normal, "basis": basis_columns}
@@ -58,11 +59,6 @@ def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor)
     return matrix.expand(shape).clone(memory_format=torch.contiguous_format)
 
 
-def _for_each_row(logabsdet: Tensor, rows: Tensor) -> Tensor:
-    """A log-determinant for each row of `(*batch, N, n)`."""
-    return logabsdet.unsqueeze(-1).expand(rows.shape[:-1]).contiguous()
-
-
 class PerturbedMatrix(nn.Module, abc.ABC):
     """A frozen matrix A in a feasible set S, read through a trainable perturbation R_B.
 
@@ -82,8 +78,9 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         size: n.
         batch_shape: a batch of independent matrices.
         rank: number k of columns of u and v, 1 ≤ k ≤ size.
-        init: the initial A: "identity", "reverse" (antidiagonal ones) or a tensor of shape `(n, n)`
-            or `(*batch_shape, n, n)`, which then gives dtype and device.
+        init: the initial A: "identity", "reverse" (the reverse permutation, A_ij = δ_{i, n+1−j}
+            with rows and columns counted from one) or a tensor of shape `(n, n)` or
+            `(*batch_shape, n, n)`, which then gives dtype and device.
         device: where; by default that of init, or torch's default device.
         dtype: by default that of init, or torch's default dtype.
 
@@ -177,7 +174,15 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x of shape `(*batch_shape, N, n)`, in O(n²N)."""
+        """Ã x + bias for rows x: no n × n matrix is formed or differentiated (Appendix B).
+
+        Args:
+            x: shape `(*batch_shape, N, n)`.
+            bias: shape `(*batch_shape, n)` or None.
+
+        Returns:
+            Tensor of the shape of x. Cost O(n²N).
+        """
 
     @abc.abstractmethod
     def solve(self, y: Tensor) -> Tensor:
@@ -259,7 +264,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`.
         """
         y = self.multiply(x, bias)
-        return y, _for_each_row(self.slogdet()[1], y)
+        return y, for_each_row(self.slogdet()[1], y)
 
     @on_rows
     def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -273,7 +278,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`.
         """
         x = self.solve(y if bias is None else y - bias.unsqueeze(-2))
-        return x, _for_each_row(-self.slogdet()[1], x)
+        return x, for_each_row(-self.slogdet()[1], x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """u and v in the dtype of A, in which all is computed."""
@@ -415,20 +420,13 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         if len({matrix.layout() for matrix in matrices}) != 1:
             found = sorted({str(matrix.layout()) for matrix in matrices})
             raise ValueError(f"matrices must be one or more of the same layout, got {found}")
-        first = matrices[0]
-        stacked = copy.copy(first)
-        stacked._parameters = {
-            name: nn.Parameter(
-                torch.stack([matrix._parameters[name].detach() for matrix in matrices]),  # type: ignore[union-attr]
-                requires_grad=parameter.requires_grad,
+        stacked = copy.deepcopy(matrices[0])
+        for name, own in (*stacked.named_parameters(), *stacked.named_buffers()):
+            value = torch.stack([getattr(matrix, name).detach() for matrix in matrices])
+            is_parameter = isinstance(own, nn.Parameter)
+            setattr(
+                stacked, name, nn.Parameter(value, own.requires_grad) if is_parameter else value
             )
-            for name, parameter in first._parameters.items()
-            if parameter is not None
-        }
-        stacked._buffers = {
-            name: torch.stack([matrix._buffers[name] for matrix in matrices])  # type: ignore[misc]
-            for name in first._buffers
-        }
         return stacked
 
     @torch.no_grad()

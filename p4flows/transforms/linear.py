@@ -86,20 +86,7 @@ class PerturbedLinear(Linear):
         return self.forward_no_cache(inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = Ã⁻¹ (y − b).
-
-        Args:
-            inputs: y, shape `(N, features)`.
-            context: accepted and ignored.
-
-        Returns:
-            x of shape `(N, features)` and −ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
-
-        Raises:
-            TypeError: when the inputs are not a floating-point tensor, or of another dtype than the
-                layer (any is taken under `torch.autocast`, and computed in the layer's).
-            ValueError: when their shape is not `(N, features)`, or they are on another device.
-        """
+        """x = Ã⁻¹ (y − b) and −ln|det Ã|; shapes, cost and errors as for `forward`."""
         check_rows(inputs, self.features)
         if self._cache_applies():
             self._check_like(inputs)
@@ -204,8 +191,8 @@ class P4InvTransform(PerturbedLinear):
     Args:
         features: n.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
-        init: "identity", "reverse" (antidiagonal ones), a tensor of shape `(n, n)`, which gives
-            dtype and device, or another nflows `Linear`, whose matrix and bias are taken over.
+        init: see `PerturbedMatrix`; also another nflows `Linear`, whose matrix and bias are taken
+            over.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
         bounds: when a merge is accepted.
@@ -280,8 +267,7 @@ class P4OrthogonalTransform(PerturbedLinear):
     Args:
         features: n.
         rank: number k of pairs of reflections.
-        init: "identity", "reverse" (antidiagonal ones) or an orthogonal tensor of shape `(n, n)`,
-            which then gives dtype and device.
+        init: see `PerturbedMatrix`; orthogonal.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
         device: where; by default that of init, or torch's default device.
