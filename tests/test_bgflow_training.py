@@ -111,7 +111,7 @@ def test_density_integrates_to_one():
     seed()
     bg = generator(BentStackFlow(2, blocks=1), bgflow.InverseFlow(BentIdentityFlow()))
     move(bg, merges=1)
-    edge, points = 16.0, 801
+    edge, points = 32.0, 1601
     axis = torch.linspace(-edge, edge, points)
     density = bg.energy(torch.cartesian_prod(axis, axis)).neg().exp()
     assert abs(density.sum() * (2 * edge / (points - 1)) ** 2 - 1.0) < 1e-3
