@@ -13,14 +13,12 @@ made of all runs of that task and that number of steps. Seconds are those of tra
 import argparse
 import functools
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import report  # noqa: F401, puts examples/ on the path
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from experiment import command_line, in_processes, kept, publish, read
 from learning_contestants import CONTESTANTS
 from learning_data import SIZES, TASKS, Task

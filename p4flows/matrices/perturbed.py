@@ -327,13 +327,12 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """
         if draw not in _DRAWS:
             raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
-        if draw != self.draw and not self.frozen.is_meta:
-            self.draw = draw
+        is_new, self.draw = draw != self.draw, draw
+        if is_new and not self.frozen.is_meta:
             state = read_state([self])
             untouched = (self.draws == 1) & (self.u == 0).flatten(-2).all(-1)
             state["draws"] = self.draws - untouched.long()
             write_state([self], self._restarted(state, untouched))
-        self.draw = draw
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from p4flows.arguments import check_rows
 from p4flows.molecules.internal import AtomPlacement, internal_coordinates, volume_element
-from p4flows.molecules.whitening import WhitenedBlock
+from p4flows.molecules.whitening import RIGID, WhitenedBlock
 from p4flows.molecules.z_matrix import find_z_matrix
 
 
@@ -240,8 +240,6 @@ _BINS = 72  # of 5°
 _CONCENTRATION = 100.0  # a kernel of 6°
 _MIN_SINE = 1e-3
 _FILLED = 0.01  # density at the cut over the highest, from which on a torsion is a circle
-# In nm or rad: a constraint solver leaves 1e-6 of it, a vibration at 1 K has 1e-4.
-_RIGID = 1e-5
 
 
 def _sparsest(torsions: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,7 +321,7 @@ def _refuse_collinear(positions: Tensor, rows: Tensor) -> None:
 
 def _refuse_constant(deviation: Tensor, rows: Tensor) -> None:
     """An error when a coordinate does not vary over the data."""
-    constant = (~(deviation > _RIGID)).nonzero()
+    constant = (~(deviation > RIGID)).nonzero()
     if len(constant):
         row, kind = constant[0].tolist()
         name = ("bond length", "bond angle", "torsion")[kind]

@@ -56,7 +56,7 @@ class WhitenedBlock(nn.Module):
         mean = superposed.mean(0)
         variances, vectors = torch.linalg.eigh(torch.cov(superposed.T))
         deviations = variances[6:].clamp_min(0.0).sqrt().flip(0)
-        varying = deviations > _RIGID
+        varying = deviations > RIGID
         if not bool(varying.all()):
             raise ValueError(
                 f"the Cartesian block must vary in {len(deviations)} directions, got "
@@ -124,8 +124,9 @@ class WhitenedBlock(nn.Module):
 
 
 _SUPERPOSITIONS = 10
-# In nm: a constraint solver leaves 1e-6 of it, a vibration at 1 K has 1e-4.
-_RIGID = 1e-5
+# Standard deviation in nm or rad below which a coordinate does not move: a constraint solver leaves
+# 1e-6 of it, a vibration at 1 K has 1e-4.
+RIGID = 1e-5
 
 
 def _rigid_motions(positions: Tensor) -> Tensor:
