@@ -9,24 +9,26 @@ _MIN_SIZE = 1e-3
 _MIN_SLOPE = 1e-3
 
 
-def knots(sizes: Tensor) -> Tensor:
+def knots(sizes: Tensor, dim: int = -1) -> Tensor:
     """Ends of bins between 0 and 1 from unnormalised sizes.
 
     Args:
-        sizes: shape `(..., bins)`.
+        sizes: K of them along a dimension.
+        dim: that dimension.
 
     Returns:
-        Shape `(..., bins + 1)`, ascending from 0 to 1.
+        The same shape, but K + 1 along the dimension, ascending from 0 to 1.
 
     Example:
         >>> knots(torch.zeros(4)).tolist()
         [0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    bins = sizes.shape[-1]
-    shares = _MIN_SIZE + (1.0 - bins * _MIN_SIZE) * functional.softmax(sizes, -1)
-    inner = torch.cumsum(shares[..., :-1], -1)
+    bins = sizes.shape[dim]
+    shares = _MIN_SIZE + (1.0 - bins * _MIN_SIZE) * functional.softmax(sizes, dim)
+    inner = torch.cumsum(shares.narrow(dim, 0, bins - 1), dim)
     # The ends exactly: what is left beside them by rounding would belong to no bin.
-    return torch.cat([torch.zeros_like(inner[..., :1]), inner, torch.ones_like(inner[..., :1])], -1)
+    end = inner.narrow(dim, 0, 1)
+    return torch.cat([torch.zeros_like(end), inner, torch.ones_like(end)], dim)
 
 
 def slopes(unbounded: Tensor) -> Tensor:
@@ -69,16 +71,15 @@ def rational_quadratic(
         (True, torch.Size([]))
     """
     inputs = inputs.clamp(0.0, 1.0)
-    ends = knots(sizes)
-    searched = ends[..., 1 if inverse else 0, 1:-1]
-    index = (inputs.unsqueeze(-1) >= searched).sum(-1, keepdim=True)
-    both = torch.cat([index, index + 1], -1)
+    # Bins come first: a softmax along a last dimension of eight takes most of a training step.
+    ends = knots(sizes.movedim((-2, -1), (0, 1)).contiguous(), 1)
+    index = (inputs >= ends[1 if inverse else 0, 1:-1]).sum(0)
     # One gather for all: its backward is a scatter into a tensor of all knots.
-    table = torch.cat([ends, unbounded.unsqueeze(-2)], -2)
-    chosen = table.gather(-1, both.unsqueeze(-2).expand(*both.shape[:-1], 3, 2))
-    x, y, unbounded = chosen.unbind(-2)
+    table = torch.cat([ends, unbounded.movedim(-1, 0).unsqueeze(0)])
+    both = torch.stack([index, index + 1]).expand(3, 2, *index.shape)
+    x, y, unbounded = table.gather(1, both).unbind()
     # Of the two that are used alone: a softplus of all would cost as much as the rest.
-    (x0, x1), (y0, y1), (slope0, slope1) = (pair.unbind(-1) for pair in (x, y, slopes(unbounded)))
+    (x0, x1), (y0, y1), (slope0, slope1) = (pair.unbind() for pair in (x, y, slopes(unbounded)))
     width, height = x1 - x0, y1 - y0
     delta = height / width
     bend = slope0 + slope1 - 2.0 * delta

@@ -182,17 +182,15 @@ class SplineCoupling(Transform):
         bins = self.bins
         lines = on_lines.reshape(rows, len(self.straight), 3 * bins - 1)
         circles = on_circles.reshape(rows, len(self.turned), 3 * bins + 1)
-        line_sizes, inner = lines.split([2 * bins, bins - 1], -1)
-        circle_sizes, ends, turn = circles.split([2 * bins, bins, 1], -1)
+        # Brought together bin by bin, which is how they are used.
+        line_sizes, inner = lines.movedim(-1, 0).split([2 * bins, bins - 1])
+        circle_sizes, ends, turn = circles.movedim(-1, 0).split([2 * bins, bins, 1])
+        sizes = torch.cat([line_sizes, circle_sizes], -1).unflatten(0, (2, bins))
         # Beyond the ends of a line the slope is 1; those of a circle are one point.
-        line_ends = nn.functional.pad(inner, (1, 1))
-        circle_ends = torch.cat([ends, ends[..., :1]], -1)
-        sizes = torch.cat([line_sizes, circle_sizes], 1)
-        return (
-            sizes.unflatten(-1, (2, bins)),
-            torch.cat([line_ends, circle_ends], 1),
-            turn.squeeze(-1),
-        )
+        one = inner.new_zeros(()).expand(1, *inner.shape[1:])
+        line_ends, circle_ends = torch.cat([one, inner, one]), torch.cat([ends, ends[:1]])
+        all_ends = torch.cat([line_ends, circle_ends], -1)
+        return sizes.movedim((0, 1), (-2, -1)), all_ends.movedim(0, -1), turn.squeeze(0)
 
 
 def wrapped(angle: Tensor) -> Tensor:
