@@ -6,9 +6,9 @@
     python examples/boltzmann_generator.py --preset tetrapeptide
 
 Simulates the molecule, trains a flow on R^p × T^q by likelihood, first on frames, then in rounds on
-its own reweighted samples and frames, and writes a figure, a table, the numbers and weighted
-samples that mdtraj reads. Simulation and training continue where an interrupted run stopped;
---figures only draws.
+its own reweighted samples and frames, methyl groups turned at random in each batch, and writes a
+figure, a table, the numbers and weighted samples that mdtraj reads. Simulation and training
+continue where an interrupted run stopped; --figures only draws.
 """
 
 import dataclasses
@@ -35,6 +35,8 @@ from p4flows.molecules import (
     alanine_dipeptide,
     capped_alanines,
     effective_sample_size,
+    methyl_rotations,
+    permuted,
     phi_psi,
     resampled,
     save_weighted,
@@ -75,6 +77,7 @@ class Preset:
     cooling: int = 1
     last_temperature: float = 600.0  # K
     samples: int = 100_000
+    orders: int = 27  # of the hydrogens of the last methyl groups, which the weights average over
 
     @property
     def ladder(self) -> list[float]:
@@ -121,8 +124,9 @@ class Problem:
         # A peptide bond turns to cis too rarely for the data to tell how often: left out.
         self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
         frames = self.replicas[:-1][self.trans[:-1]]
+        self.frames = frames
         self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology, circular=True)
-        self.features = self.coordinates(frames)[0]
+        self.turns = methyl_rotations(self.molecule.topology)
 
     @property
     def held_out(self) -> Tensor:
@@ -168,7 +172,7 @@ class Training:
         )
         self.seconds = 0.0
         # What is distributed as the molecule at the temperature of the last round.
-        self.pool, self.pool_temperature = problem.features, problem.temperature
+        self.pool, self.pool_temperature = problem.frames, problem.temperature
 
     def likelihood(self) -> None:
         """The first segment: frames of the simulation."""
@@ -188,7 +192,7 @@ class Training:
         drawn = weighted_samples(self.flow, self.problem.coordinates, energy, preset.round_samples)
         self.flow.train()
         share = effective_sample_size(drawn.log_weights, clip=CLIP)
-        own = resampled(drawn.features, drawn.log_weights, clip=CLIP)[
+        own = resampled(drawn.positions, drawn.log_weights, clip=CLIP)[
             : int(share * preset.round_samples)
         ]
         if math.isclose(temperature, self.pool_temperature):
@@ -203,7 +207,9 @@ class Training:
         }
 
     def _batch(self, generator: torch.Generator) -> Tensor:
-        return self.pool[torch.randint(len(self.pool), (self.preset.batch,), generator=generator)]
+        rows = torch.randint(len(self.pool), (self.preset.batch,), generator=generator)
+        turned = permuted(self.pool[rows], self.problem.turns, generator=generator)
+        return self.problem.coordinates(turned)[0]
 
     def _fit(self, segment: str, steps: int) -> None:
         result = fit(
@@ -232,8 +238,15 @@ def evaluate(
     flow.eval()
     torch.manual_seed(seed + 1)
     energy = problem.energy(temperature)
-    drawn = weighted_samples(flow, problem.coordinates, energy, preset.samples)
-    numbers = merits(problem, flow, drawn, energy, seed)
+    turns = problem.turns[: preset.orders]
+    alone, drawn = (
+        weighted_samples(flow, problem.coordinates, energy, preset.samples, symmetries=symmetries)
+        for symmetries in (None, turns)
+    )
+    numbers = merits(problem, flow, drawn, energy, turns, seed)
+    numbers["orders"] = len(turns)
+    numbers["ess_alone"] = effective_sample_size(alone.log_weights)
+    numbers["ess_alone_clipped"] = effective_sample_size(alone.log_weights, clip=CLIP)
     flow.train()
     return numbers, drawn
 

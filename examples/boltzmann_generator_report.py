@@ -24,7 +24,7 @@ from p4flows.molecules import (
     forward_effective_sample_size,
     free_energy_difference,
     kl_divergences,
-    log_weights_of,
+    log_density_of,
     ramachandran_divergence,
     state_statistics,
     torus_distance,
@@ -42,9 +42,17 @@ def spaced(rows: Any, count: int) -> Any:
 
 @torch.no_grad()
 def merits(
-    problem: Any, flow: Flow, drawn: WeightedSamples, energy: OpenMMEnergy, seed: int
+    problem: Any,
+    flow: Flow,
+    drawn: WeightedSamples,
+    energy: OpenMMEnergy,
+    turns: Tensor,
+    seed: int,
 ) -> dict[str, Any]:
-    """All numbers about samples; those against the simulation at the simulation's temperature."""
+    """All numbers about samples; those against the simulation at the simulation's temperature.
+
+    Weights and likelihoods are those of the density that is the mean over the methyls' turns.
+    """
     generator = torch.Generator().manual_seed(seed)
     log_weights = drawn.log_weights
     torsions = problem.torsions(drawn.positions)
@@ -70,7 +78,7 @@ def merits(
         (row.error.right.item() for row in diagnose(flow, show=False)), default=None
     )
     if math.isclose(energy.temperature, problem.temperature):
-        numbers |= _against_simulation(problem, flow, drawn, torsions, energy, generator)
+        numbers |= _against_simulation(problem, flow, drawn, torsions, energy, turns, generator)
     return numbers
 
 
@@ -80,11 +88,13 @@ def _against_simulation(
     drawn: WeightedSamples,
     torsions: np.ndarray,
     energy: OpenMMEnergy,
+    turns: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    held_out = problem.held_out
-    held_out = spaced(held_out, FRAMES)
-    frame_log_weights = log_weights_of(flow, problem.coordinates, energy, held_out)
+    held_out = spaced(problem.held_out, FRAMES)
+    energies = energy(held_out)
+    log_density = log_density_of(flow, problem.coordinates, held_out, turns)
+    frame_log_weights = -energies - log_density
     reverse, forward = kl_divergences(drawn.log_weights, frame_log_weights)
     everything = problem.replicas[problem.trans]
     expected = problem.torsions(everything)
@@ -94,17 +104,20 @@ def _against_simulation(
         problem.torsions(problem.replicas[part][problem.trans[part]])
         for part in (slice(middle), slice(middle, None))
     ]
-    energies = energy(held_out).double().numpy()
+    energies = energies.double().numpy()
     found = drawn.energies.double().numpy()
     rows = torch.randperm(len(found), generator=generator)[:TRANSPORTED].numpy()
     weighted_rows = torch.multinomial(
         torch.from_numpy(weights), TRANSPORTED, replacement=True, generator=generator
     ).numpy()
     frames = spaced(expected, TRANSPORTED)
-    train = spaced(problem.features, FRAMES)
+    train = spaced(problem.frames, FRAMES)
+    volume = problem.coordinates(held_out)[1]
+    train_volume = problem.coordinates(train)[1]
+    trained = log_density_of(flow, problem.coordinates, train, turns)
     return {
-        "nll": -_log_prob(flow, problem.coordinates(held_out)[0]).mean().item(),
-        "nll_training": -_log_prob(flow, train).mean().item(),
+        "nll": (volume - log_density).mean().item(),
+        "nll_training": (train_volume - trained).mean().item(),
         "forward_ess": forward_effective_sample_size(frame_log_weights),
         "kl_reverse": reverse,
         "kl_forward": forward,
@@ -138,10 +151,6 @@ def _simulated_free_energy(problem: Any) -> dict[str, Any]:
             math.hypot(errors[0] / left, errors[1] / right) if known else math.nan
         ),
     }
-
-
-def _log_prob(flow: Flow, features: Tensor) -> Tensor:
-    return torch.cat([flow.log_prob(rows) for rows in features.split(5_000)])
 
 
 def distributions(
@@ -188,8 +197,9 @@ COLUMNS = {
     "T (K)": lambda r: f"{r['settings']['last_temperature']:g}",
     "samples seen": lambda r: f"{r['samples_seen']:,}",
     "energies": lambda r: f"{r['energies']:,}",
+    "ESS of the flow, clipped": lambda r: f"{r['ess_alone']:.1%}, {r['ess_alone_clipped']:.1%}",
     "ESS": lambda r: f"{r['ess']:.1%} ± {r['ess_error']:.1%}",
-    "clipped": lambda r: f"{r['ess_clipped']:.1%} ± {r['ess_clipped_error']:.1%}",
+    "ESS, clipped": lambda r: f"{r['ess_clipped']:.1%} ± {r['ess_clipped_error']:.1%}",
     "forward ESS": lambda r: f"{r['forward_ess']:.1%}",
     "NLL held out / training": lambda r: f"{r['nll']:.2f} / {r['nll_training']:.2f}",
     "KL(q‖p), KL(p‖q)": lambda r: f"{r['kl_reverse']:.2f}, {r['kl_forward']:.2f}",

@@ -29,6 +29,7 @@ from p4flows.molecules.states import (
     phi_psi,
     state_statistics,
 )
+from p4flows.molecules.symmetry import log_density_of, methyl_rotations, permuted
 from p4flows.molecules.system import Molecule, alanine_dipeptide
 from p4flows.molecules.weighted_trajectory import load_weighted, save_weighted
 from p4flows.molecules.z_matrix import ZMatrix, find_z_matrix
@@ -53,10 +54,13 @@ __all__ = [
     "free_energy_difference",
     "kl_divergences",
     "load_weighted",
+    "log_density_of",
     "log_weights_of",
+    "methyl_rotations",
     "mixed_loss",
     "molecule_from_pdb",
     "peptide_bonds",
+    "permuted",
     "phi_psi",
     "ramachandran_divergence",
     "resampled",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from p4flows.arguments import check_positive_int
 from p4flows.molecules.losses import Energy
+from p4flows.molecules.symmetry import check_symmetries, log_density_of, permuted
 
 # Rows at once: the spline parameters of 10,000 rows take some hundred MB.
 _ROWS = 5_000
@@ -35,7 +36,12 @@ class WeightedSamples(NamedTuple):
 
 @torch.no_grad()
 def weighted_samples(
-    flow: Flow, coordinates: Transform, energy: Energy, samples: int
+    flow: Flow,
+    coordinates: Transform,
+    energy: Energy,
+    samples: int,
+    *,
+    symmetries: Tensor | None = None,
 ) -> WeightedSamples:
     """Draw from a Boltzmann generator, in batches that fit into memory.
 
@@ -45,13 +51,19 @@ def weighted_samples(
             features that it does not cover get a weight of zero.
         energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
         samples: number of structures.
+        symmetries: permutations of atoms that leave the energy alone, a group of shape
+            `(g, atoms)` as `methyl_rotations` gives it. The atoms are put in one of these orders at
+            random, and weights are those of the mean density of all orders (`log_density_of`): a
+            larger effective sample size for g times the evaluations of the flow, and no more
+            energies.
 
     Returns:
         `WeightedSamples`.
 
     Raises:
-        TypeError: when samples is not an int.
-        ValueError: when it is not positive.
+        TypeError: when samples is not an int or symmetries are not an int64 tensor.
+        ValueError: when samples is not positive, or symmetries are not a group of permutations of
+            the atoms.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -67,11 +79,18 @@ def weighted_samples(
     for first in range(0, samples, _ROWS):
         features, log_density = flow.sample_and_log_prob(min(_ROWS, samples - first))
         positions, volume = coordinates.inverse(features)
+        log_density = log_density - volume
+        drawn = features
+        if symmetries is not None:
+            check_symmetries(symmetries, positions.shape[-1] // 3)
+            positions = permuted(positions, symmetries)
+            features, _ = coordinates(positions)
+            log_density = log_density_of(flow, coordinates, positions, symmetries)
         energies = energy(positions)
-        log_weights = volume - energies - log_density
+        log_weights = -energies - log_density
         possible = ~log_weights.isnan()
         if covers is not None:
-            possible &= covers(features)
+            possible &= covers(drawn) & covers(features)
         log_weights = torch.where(possible, log_weights, -math.inf)
         parts.append(WeightedSamples(features, positions, energies, log_weights))
     return WeightedSamples(*map(torch.cat, zip(*parts, strict=True)))
@@ -104,7 +123,14 @@ def sample_with_weights(
 
 
 @torch.no_grad()
-def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions: Tensor) -> Tensor:
+def log_weights_of(
+    flow: Flow,
+    coordinates: Transform,
+    energy: Energy,
+    positions: Tensor,
+    *,
+    symmetries: Tensor | None = None,
+) -> Tensor:
     """Log-weights of given structures, the frames of a simulation for instance.
 
     Args:
@@ -112,9 +138,14 @@ def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions
         coordinates: positions → features.
         energy: positions → reduced energies.
         positions: in nm, shape `(frames, 3·atoms)`.
+        symmetries: as in `weighted_samples`.
 
     Returns:
         −u + ln R_zx − ln p_z, with the constant of `weighted_samples`, shape `(frames,)`.
+
+    Raises:
+        TypeError: when symmetries are not an int64 tensor.
+        ValueError: when they are not a group of permutations of the atoms.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -123,11 +154,8 @@ def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions
         >>> log_weights_of(flow, P4InvTransform(4), energy, x).shape
         torch.Size([5])
     """
-    parts = []
-    for rows in positions.split(_ROWS):
-        features, shrinking = coordinates(rows)
-        parts.append(-energy(rows) - shrinking - flow.log_prob(features))
-    return torch.cat(parts)
+    parts = [-energy(rows) for rows in positions.split(_ROWS)]
+    return torch.cat(parts) - log_density_of(flow, coordinates, positions, symmetries)
 
 
 def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
