@@ -77,7 +77,7 @@ class Preset:
     cooling: int = 1
     last_temperature: float = 600.0  # K
     samples: int = 100_000
-    orders: int = 27  # of the hydrogens of the last methyl groups, which the weights average over
+    orders: int = 1  # of the hydrogens of the last methyl groups, which the weights average over
 
     @property
     def ladder(self) -> list[float]:
@@ -90,16 +90,27 @@ class Preset:
 PRESETS = {
     "quick": Preset(),
     # Rounds are worth most at the end, where the learning rate is low and the weights are good.
-    "long": Preset(replicas=10, steps=4_000, rounds=4, round_steps=250, round_samples=100_000),
+    "long": Preset(
+        replicas=10,
+        frames=50_000,
+        batch=512,
+        steps=4_000,
+        rounds=8,
+        round_steps=500,
+        round_samples=250_000,
+        orders=27,
+    ),
     # From frames at 600 K to weights at 300 K: no simulation at 300 K is needed.
     "cold": Preset(
         replicas=10,
-        steps=2_000,
-        rounds=10,
-        round_steps=250,
-        round_samples=100_000,
+        batch=512,
+        steps=2_500,
+        rounds=12,
+        round_steps=400,
+        round_samples=200_000,
         cooling=6,
         last_temperature=300.0,
+        orders=27,
     ),
     "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),
 }
