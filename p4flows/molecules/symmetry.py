@@ -21,7 +21,7 @@ def methyl_rotations(topology: app.Topology | mdtraj.Topology) -> Tensor:
 
     Three hydrogens at one atom with four neighbours (methyl, ammonium) can be exchanged in a cycle
     by a turn of the group; any two of them alone would mirror it. With m such groups there are 3^m
-    combinations, 27 for alanine dipeptide.
+    combinations, 27 for alanine dipeptide; the first 3^k are those of the last k groups alone.
 
     Args:
         topology: an OpenMM or mdtraj topology with all bonds.

@@ -14,6 +14,8 @@ from p4flows.base_distribution import BaseNormal
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
 from openmm import app  # noqa: E402
 
+from p4flows.molecules.symmetry import check_symmetries  # noqa: E402
+
 EXCHANGE = torch.tensor([[0, 1], [1, 0]])
 # Two atoms of one kind in a harmonic well; a flow that has them at different places and widths.
 SHIFT = torch.tensor([0.4, 0.0, 0.0, -0.4, 0.0, 0.0], dtype=torch.float64)
@@ -42,6 +44,14 @@ def test_methyl_rotations_leave_the_energy_alone(residues, groups):
     frame = torch.from_numpy(molecule.positions) + 0.002 * torch.randn(molecule.atoms, 3)
     energies = molecules.OpenMMEnergy(molecule.system, 600.0)(frame[found].flatten(1))
     torch.testing.assert_close(energies, energies[:1].expand_as(energies), rtol=1e-5, atol=1e-4)
+
+
+def test_the_turns_of_the_last_groups_come_first():
+    """And are groups, which can be averaged over where all turns would take too long."""
+    found = molecules.methyl_rotations(molecules.capped_alanines(2).topology)
+    for count in range(5):
+        check_symmetries(found[: 3**count], found.shape[1])
+        assert ((found[: 3**count] != found[0]).any(0).sum()) == 3 * count
 
 
 def test_methyl_rotations_keep_the_hand():
