@@ -93,6 +93,7 @@ PRESETS = {
     "long": Preset(
         replicas=10,
         frames=50_000,
+        hidden=(128, 128),
         batch=512,
         steps=4_000,
         rounds=8,
