@@ -23,6 +23,7 @@ from boltzmann_generator_report import COLUMNS, distributions, figure, merits
 from experiment import Record, cells, command_line, kept, publish, table, there
 from nflows.flows.base import Flow
 from ramachandran import is_trans
+from replica_exchange import replica_exchange
 from torch import Tensor
 
 from p4flows import InvertibleMatrix, MergeHook, fit, spline_flow
@@ -77,6 +78,8 @@ class Preset:
     cooling: int = 1
     last_temperature: float = 600.0  # K
     samples: int = 100_000
+    ensembles: int = 0  # of replica exchange at the last temperature, to compare with
+    exchanged: int = 5_000  # frames of each
     orders: int = 1  # of the hydrogens of the last methyl groups, which the weights average over
 
     @property
@@ -111,10 +114,26 @@ PRESETS = {
         round_samples=200_000,
         cooling=6,
         last_temperature=300.0,
+        ensembles=6,
         orders=27,
     ),
     "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),
 }
+
+
+class Frames:
+    """Replicas of a simulation: positions, and which have all peptide bonds trans.
+
+    One turns to cis too rarely for the data to tell how often: such frames are left out.
+    """
+
+    def __init__(self, molecule: Molecule, replicas: np.ndarray) -> None:
+        self.replicas = torch.from_numpy(replicas)
+        self.trans = torch.stack([is_trans(molecule, frames) for frames in self.replicas])
+
+    def __getitem__(self, replicas: slice) -> Tensor:
+        """Positions of some replicas, shape (frames, 3·atoms)."""
+        return self.replicas[replicas][self.trans[replicas]]
 
 
 class Problem:
@@ -132,18 +151,24 @@ class Problem:
             workers=workers,
             progress=progress,
         )
-        self.replicas = torch.from_numpy(replicas)
-        # A peptide bond turns to cis too rarely for the data to tell how often: left out.
-        self.trans = torch.stack([is_trans(self.molecule, frames) for frames in self.replicas])
-        frames = self.replicas[:-1][self.trans[:-1]]
-        self.frames = frames
-        self.coordinates = MixedCoordinateTransform(frames, self.molecule.topology, circular=True)
+        self.simulated = Frames(self.molecule, replicas)
+        self.training = self.simulated[:-1]
+        self.coordinates = MixedCoordinateTransform(
+            self.training, self.molecule.topology, circular=True
+        )
         self.turns = methyl_rotations(self.molecule.topology)
-
-    @property
-    def held_out(self) -> Tensor:
-        """Positions of the replica that no flow has seen."""
-        return self.replicas[-1][self.trans[-1]]
+        self.exchanged = None
+        if preset.ensembles:
+            cold = replica_exchange(
+                self.molecule,
+                output / "md",
+                temperature=preset.last_temperature,
+                hottest=preset.temperature,
+                ensembles=preset.ensembles,
+                frames=preset.exchanged,
+                workers=workers,
+            )
+            self.exchanged = Frames(self.molecule, cold)
 
     def energy(self, temperature: float) -> OpenMMEnergy:
         """Reduced energies at a temperature."""
@@ -184,7 +209,7 @@ class Training:
         )
         self.seconds = 0.0
         # What is distributed as the molecule at the temperature of the last round.
-        self.pool, self.pool_temperature = problem.frames, problem.temperature
+        self.pool, self.pool_temperature = problem.training, problem.temperature
 
     def likelihood(self) -> None:
         """The first segment: frames of the simulation."""
@@ -307,7 +332,7 @@ def train(
         "settings": dataclasses.asdict(preset),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "circular": problem.coordinates.circular,
-        "cis_share": 1.0 - problem.trans.double().mean().item(),
+        "cis_share": 1.0 - problem.simulated.trans.double().mean().item(),
         "simulation_seconds": simulated,
         "training_seconds": training.seconds,
         "seconds": seconds,

@@ -49,7 +49,7 @@ def merits(
     turns: Tensor,
     seed: int,
 ) -> dict[str, Any]:
-    """All numbers about samples; those against the simulation at the simulation's temperature.
+    """All numbers about samples, and against a simulation at their temperature, if there is one.
 
     Weights and likelihoods are those of the density that is the mean over the methyls' turns.
     """
@@ -78,32 +78,37 @@ def merits(
         (row.error.right.item() for row in diagnose(flow, show=False)), default=None
     )
     if math.isclose(energy.temperature, problem.temperature):
-        numbers |= _against_simulation(problem, flow, drawn, torsions, energy, turns, generator)
-    return numbers
+        frames, held_out = problem.simulated, problem.simulated[-1:]
+        numbers["nll_training"] = _nll(flow, problem, spaced(problem.training, FRAMES), turns)
+    elif problem.exchanged is not None:
+        frames, held_out = problem.exchanged, problem.exchanged[:]
+    else:
+        return numbers
+    held_out = spaced(held_out, FRAMES)
+    return numbers | _against_simulation(
+        problem, flow, drawn, energy, turns, frames, held_out, generator
+    )
 
 
 def _against_simulation(
     problem: Any,
     flow: Flow,
     drawn: WeightedSamples,
-    torsions: np.ndarray,
     energy: OpenMMEnergy,
     turns: Tensor,
+    simulated: Any,
+    held_out: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Any]:
-    held_out = spaced(problem.held_out, FRAMES)
+    torsions = problem.torsions(drawn.positions)
     energies = energy(held_out)
     log_density = log_density_of(flow, problem.coordinates, held_out, turns)
     frame_log_weights = -energies - log_density
     reverse, forward = kl_divergences(drawn.log_weights, frame_log_weights)
-    everything = problem.replicas[problem.trans]
-    expected = problem.torsions(everything)
+    expected = problem.torsions(simulated[:])
     weights = torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy()
-    middle = len(problem.replicas) // 2
-    halves = [
-        problem.torsions(problem.replicas[part][problem.trans[part]])
-        for part in (slice(middle), slice(middle, None))
-    ]
+    middle = len(simulated.replicas) // 2
+    halves = [problem.torsions(simulated[:middle]), problem.torsions(simulated[middle:])]
     energies = energies.double().numpy()
     found = drawn.energies.double().numpy()
     rows = torch.randperm(len(found), generator=generator)[:TRANSPORTED].numpy()
@@ -111,13 +116,8 @@ def _against_simulation(
         torch.from_numpy(weights), TRANSPORTED, replacement=True, generator=generator
     ).numpy()
     frames = spaced(expected, TRANSPORTED)
-    train = spaced(problem.frames, FRAMES)
-    volume = problem.coordinates(held_out)[1]
-    train_volume = problem.coordinates(train)[1]
-    trained = log_density_of(flow, problem.coordinates, train, turns)
     return {
-        "nll": (volume - log_density).mean().item(),
-        "nll_training": (train_volume - trained).mean().item(),
+        "nll": (problem.coordinates(held_out)[1] - log_density).mean().item(),
         "forward_ess": forward_effective_sample_size(frame_log_weights),
         "kl_reverse": reverse,
         "kl_forward": forward,
@@ -132,14 +132,20 @@ def _against_simulation(
         "torus_w2": torus_distance(frames, torsions[rows]),
         "torus_w2_reweighted": torus_distance(frames, torsions[weighted_rows]),
         "torus_w2_simulation": torus_distance(*(spaced(half, TRANSPORTED) for half in halves)),
-        **_simulated_free_energy(problem),
+        **_simulated_free_energy(problem, simulated),
     }
 
 
-def _simulated_free_energy(problem: Any) -> dict[str, Any]:
+def _nll(flow: Flow, problem: Any, frames: Tensor, turns: Tensor) -> float:
+    """Mean negative log-likelihood of the features of frames, in nats."""
+    log_density = log_density_of(flow, problem.coordinates, frames, turns)
+    return (problem.coordinates(frames)[1] - log_density).mean().item()
+
+
+def _simulated_free_energy(problem: Any, simulated: Any) -> dict[str, Any]:
     """ΔF between the two states of the simulation; the error is the scatter of its replicas."""
-    labels = states(np.degrees(problem.torsions(problem.replicas.flatten(0, 1))))
-    labels = np.where(problem.trans, labels.reshape(problem.trans.shape), -1)
+    labels = states(np.degrees(problem.torsions(simulated.replicas.flatten(0, 1))))
+    labels = np.where(simulated.trans, labels.reshape(simulated.trans.shape), -1)
     shares = np.stack([(labels == state).mean(1) for state in (0, 1)])
     left, right = shares.mean(1)
     known = left > 0 and right > 0
@@ -157,10 +163,10 @@ def distributions(
     problem: Any, drawn: WeightedSamples, energy: OpenMMEnergy
 ) -> dict[str, np.ndarray]:
     """What `figure` draws: energies and torsions of simulation and samples, and their weights."""
-    everything = problem.replicas[problem.trans]
+    frames = problem.simulated if problem.exchanged is None else problem.exchanged
     return {
-        "simulated_energies": energy(spaced(everything, FRAMES)).double().numpy(),
-        "simulated_torsions": problem.torsions(everything),
+        "simulated_energies": energy(spaced(frames[:], FRAMES)).double().numpy(),
+        "simulated_torsions": problem.torsions(frames[:]),
         "energies": drawn.energies.double().numpy(),
         "torsions": problem.torsions(drawn.positions),
         "weights": torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy(),
@@ -170,7 +176,8 @@ def distributions(
 def figure(data: dict[str, np.ndarray], record: dict[str, Any]) -> Any:
     """Energies on the left; φ and ψ of the simulation, of the samples, and reweighted."""
     temperature = record["settings"]["last_temperature"]
-    title = f"simulation, {record['settings']['temperature']:g} K"
+    compared = temperature if record["settings"]["ensembles"] else record["settings"]["temperature"]
+    title = f"simulation, {compared:g} K"
     drawn_figure, axes = plt.subplots(1, 4, figsize=(13.5, 3.4), layout="constrained")
     reference, weights = data["simulated_energies"], data["weights"]
     edges = np.linspace(reference.min() - 5.0, np.quantile(reference, 0.999) + 15.0, 80)

@@ -13,6 +13,7 @@ pytest.importorskip("ot", reason="needs POT, of the extra `molecules`")
 import boltzmann_generator as example  # noqa: E402
 import boltzmann_generator_mixing as mixing  # noqa: E402
 import boltzmann_generator_report as report  # noqa: E402
+import replica_exchange  # noqa: E402
 
 TOY = example.Preset(
     replicas=2, frames=80, blocks=1, hidden=(8,), steps=3, batch=8, rounds=2, round_steps=2,
@@ -109,3 +110,45 @@ def test_rounds_end_at_the_last_temperature(output, draw):
     # There is no simulation at 300 K to compare with.
     assert "nll" not in record
     assert "| forward ESS | – |" in draw("--preset", "cold", "--swap", "permutation")
+
+
+def test_a_cold_flow_is_compared_with_replica_exchange(output, monkeypatch, draw):
+    monkeypatch.setattr(replica_exchange, "EQUILIBRATION", 2)
+    compared = dataclasses.replace(example.PRESETS["cold"], ensembles=2, exchanged=30, orders=3)
+    monkeypatch.setitem(example.PRESETS, "cold", compared)
+    record = example.run("cold", "p4", 0, output, workers=1, progress=False)
+    assert math.isfinite(record["nll"]) and record["orders"] == 3
+    # No frame at 300 K has been trained on.
+    assert "nll_training" not in record
+    assert record["settings"]["ensembles"] == 2
+    assert "| forward ESS | – |" not in draw("--preset", "cold")
+
+
+def test_replica_exchange_is_cold_resumed_and_reproducible(tmp_path, monkeypatch):
+    monkeypatch.setattr(replica_exchange, "EQUILIBRATION", 20)
+    molecule = molecules.alanine_dipeptide()
+
+    def ladders(folder, count):
+        return replica_exchange.replica_exchange(
+            molecule,
+            folder,
+            temperature=300.0,
+            hottest=600.0,
+            ensembles=count,
+            frames=40,
+            workers=1,
+        )
+
+    first = ladders(tmp_path / "a", 1)
+    both = ladders(tmp_path / "a", 2)
+    again = ladders(tmp_path / "b", 2)
+    assert both.shape == (2, 40, 66)
+    assert (both[:1] == first).all() and (both == again).all() and (both[0] != both[1]).any()
+    # Potential energy per internal coordinate about ½ k_BT above the minimum: less than at 450 K.
+    energies = molecules.OpenMMEnergy(molecule.system, 300.0)(
+        torch.from_numpy(both.reshape(-1, 66))
+    )
+    lowest = molecules.OpenMMEnergy(molecule.system, 300.0)(
+        torch.from_numpy(molecule.positions).float().reshape(1, -1)
+    )
+    assert 10.0 < (energies.mean() - lowest).item() < 45.0
