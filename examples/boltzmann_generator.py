@@ -12,6 +12,7 @@ continue where an interrupted run stopped; --figures only draws.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from boltzmann_generator_report import COLUMNS, distributions, figure, merits
+from boltzmann_generator_report import COLUMNS, distributions, figure, merits, merits_of_mean
 from experiment import Record, cells, command_line, kept, publish, table, there
 from nflows.flows.base import Flow
 from ramachandran import is_trans
@@ -80,7 +81,8 @@ class Preset:
     samples: int = 100_000
     ensembles: int = 0  # of replica exchange at the last temperature, to compare with
     exchanged: int = 5_000  # frames of each
-    orders: int = 1  # of the hydrogens of the last methyl groups, which the weights average over
+    orders: int = 1  # of the last methyl groups' hydrogens, for weights of the mean over them
+    turned: int = 100_000  # samples with such weights
 
     @property
     def ladder(self) -> list[float]:
@@ -102,6 +104,7 @@ PRESETS = {
         rounds=8,
         round_steps=500,
         round_samples=250_000,
+        samples=500_000,
         orders=27,
     ),
     # From frames at 600 K to weights at 300 K: no simulation at 300 K is needed.
@@ -114,6 +117,7 @@ PRESETS = {
         round_samples=200_000,
         cooling=6,
         last_temperature=300.0,
+        samples=500_000,
         ensembles=6,
         orders=27,
     ),
@@ -140,6 +144,7 @@ class Problem:
     """The molecule, its frames (the last replica is held out) and the coordinates of the flow."""
 
     def __init__(self, preset: Preset, output: Path, workers: int, progress: bool = True) -> None:
+        self.preset, self.output, self.workers = preset, output, workers
         self.molecule: Molecule = MOLECULES[preset.molecule]()
         self.temperature = preset.temperature
         replicas = simulate(
@@ -157,18 +162,27 @@ class Problem:
             self.training, self.molecule.topology, circular=True
         )
         self.turns = methyl_rotations(self.molecule.topology)
-        self.exchanged = None
-        if preset.ensembles:
-            cold = replica_exchange(
-                self.molecule,
-                output / "md",
-                temperature=preset.last_temperature,
-                hottest=preset.temperature,
-                ensembles=preset.ensembles,
-                frames=preset.exchanged,
-                workers=workers,
-            )
-            self.exchanged = Frames(self.molecule, cold)
+
+    def compared(self, temperature: float) -> tuple[Frames, Tensor] | None:
+        """Frames at a temperature, and those of them that no flow has seen; None without any."""
+        if math.isclose(temperature, self.temperature):
+            return self.simulated, self.simulated[-1:]
+        return (self.exchanged, self.exchanged[:]) if self.preset.ensembles else None
+
+    @functools.cached_property
+    def exchanged(self) -> Frames:
+        """Frames of replica exchange at the last temperature."""
+        preset = self.preset
+        ladders = replica_exchange(
+            self.molecule,
+            self.output / "md",
+            temperature=preset.last_temperature,
+            hottest=preset.temperature,
+            ensembles=preset.ensembles,
+            frames=preset.exchanged,
+            workers=self.workers,
+        )
+        return Frames(self.molecule, ladders)
 
     def energy(self, temperature: float) -> OpenMMEnergy:
         """Reduced energies at a temperature."""
@@ -275,15 +289,14 @@ def evaluate(
     flow.eval()
     torch.manual_seed(seed + 1)
     energy = problem.energy(temperature)
+    drawn = weighted_samples(flow, problem.coordinates, energy, preset.samples)
+    numbers = merits(problem, flow, drawn, energy, seed)
     turns = problem.turns[: preset.orders]
-    alone, drawn = (
-        weighted_samples(flow, problem.coordinates, energy, preset.samples, symmetries=symmetries)
-        for symmetries in (None, turns)
-    )
-    numbers = merits(problem, flow, drawn, energy, turns, seed)
-    numbers["orders"] = len(turns)
-    numbers["ess_alone"] = effective_sample_size(alone.log_weights)
-    numbers["ess_alone_clipped"] = effective_sample_size(alone.log_weights, clip=CLIP)
+    if len(turns) > 1:
+        turned = weighted_samples(
+            flow, problem.coordinates, energy, preset.turned, symmetries=turns
+        )
+        numbers["mean"] = merits_of_mean(problem, flow, turned, energy, turns, seed)
     flow.train()
     return numbers, drawn
 

@@ -24,7 +24,7 @@ from p4flows.molecules import (
     forward_effective_sample_size,
     free_energy_difference,
     kl_divergences,
-    log_density_of,
+    log_weights_of,
     ramachandran_divergence,
     state_statistics,
     torus_distance,
@@ -46,13 +46,9 @@ def merits(
     flow: Flow,
     drawn: WeightedSamples,
     energy: OpenMMEnergy,
-    turns: Tensor,
     seed: int,
 ) -> dict[str, Any]:
-    """All numbers about samples, and against a simulation at their temperature, if there is one.
-
-    Weights and likelihoods are those of the density that is the mean over the methyls' turns.
-    """
+    """All numbers about samples, and against a simulation at their temperature, if there is one."""
     generator = torch.Generator().manual_seed(seed)
     log_weights = drawn.log_weights
     torsions = problem.torsions(drawn.positions)
@@ -78,16 +74,38 @@ def merits(
         (row.error.right.item() for row in diagnose(flow, show=False)), default=None
     )
     if math.isclose(energy.temperature, problem.temperature):
-        frames, held_out = problem.simulated, problem.simulated[-1:]
-        numbers["nll_training"] = _nll(flow, problem, spaced(problem.training, FRAMES), turns)
-    elif problem.exchanged is not None:
-        frames, held_out = problem.exchanged, problem.exchanged[:]
-    else:
+        numbers["nll_training"] = _nll(flow, problem, spaced(problem.training, FRAMES))
+    compared = problem.compared(energy.temperature)
+    if compared is None:
         return numbers
-    held_out = spaced(held_out, FRAMES)
-    return numbers | _against_simulation(
-        problem, flow, drawn, energy, turns, frames, held_out, generator
-    )
+    return numbers | _against_simulation(problem, flow, drawn, energy, *compared, generator)
+
+
+@torch.no_grad()
+def merits_of_mean(
+    problem: Any,
+    flow: Flow,
+    drawn: WeightedSamples,
+    energy: OpenMMEnergy,
+    turns: Tensor,
+    seed: int,
+) -> dict[str, Any]:
+    """Effective sample sizes of the density that is the mean over turns of the methyl groups."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def clipped_size(log_weights: Tensor) -> float:
+        return effective_sample_size(log_weights, clip=CLIP)
+
+    numbers: dict[str, Any] = {"orders": len(turns), "samples": len(drawn.log_weights)}
+    for name, size in (("ess", effective_sample_size), ("ess_clipped", clipped_size)):
+        numbers[name] = size(drawn.log_weights)
+        numbers[f"{name}_error"] = bootstrap_error(size, drawn.log_weights, generator=generator)
+    compared = problem.compared(energy.temperature)
+    if compared is not None:
+        held_out = spaced(compared[1], FRAMES)
+        log_weights = log_weights_of(flow, problem.coordinates, energy, held_out, symmetries=turns)
+        numbers["forward_ess"] = forward_effective_sample_size(log_weights)
+    return numbers
 
 
 def _against_simulation(
@@ -95,21 +113,19 @@ def _against_simulation(
     flow: Flow,
     drawn: WeightedSamples,
     energy: OpenMMEnergy,
-    turns: Tensor,
     simulated: Any,
     held_out: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Any]:
+    held_out = spaced(held_out, FRAMES)
     torsions = problem.torsions(drawn.positions)
-    energies = energy(held_out)
-    log_density = log_density_of(flow, problem.coordinates, held_out, turns)
-    frame_log_weights = -energies - log_density
+    frame_log_weights = log_weights_of(flow, problem.coordinates, energy, held_out)
     reverse, forward = kl_divergences(drawn.log_weights, frame_log_weights)
     expected = problem.torsions(simulated[:])
     weights = torch.softmax(clipped(drawn.log_weights.double(), CLIP), 0).numpy()
     middle = len(simulated.replicas) // 2
     halves = [problem.torsions(simulated[:middle]), problem.torsions(simulated[middle:])]
-    energies = energies.double().numpy()
+    energies = energy(held_out).double().numpy()
     found = drawn.energies.double().numpy()
     rows = torch.randperm(len(found), generator=generator)[:TRANSPORTED].numpy()
     weighted_rows = torch.multinomial(
@@ -117,7 +133,7 @@ def _against_simulation(
     ).numpy()
     frames = spaced(expected, TRANSPORTED)
     return {
-        "nll": (problem.coordinates(held_out)[1] - log_density).mean().item(),
+        "nll": _nll(flow, problem, held_out),
         "forward_ess": forward_effective_sample_size(frame_log_weights),
         "kl_reverse": reverse,
         "kl_forward": forward,
@@ -136,10 +152,10 @@ def _against_simulation(
     }
 
 
-def _nll(flow: Flow, problem: Any, frames: Tensor, turns: Tensor) -> float:
+def _nll(flow: Flow, problem: Any, frames: Tensor) -> float:
     """Mean negative log-likelihood of the features of frames, in nats."""
-    log_density = log_density_of(flow, problem.coordinates, frames, turns)
-    return (problem.coordinates(frames)[1] - log_density).mean().item()
+    features, _ = problem.coordinates(frames)
+    return -torch.cat([flow.log_prob(rows) for rows in features.split(5_000)]).mean().item()
 
 
 def _simulated_free_energy(problem: Any, simulated: Any) -> dict[str, Any]:
@@ -163,7 +179,8 @@ def distributions(
     problem: Any, drawn: WeightedSamples, energy: OpenMMEnergy
 ) -> dict[str, np.ndarray]:
     """What `figure` draws: energies and torsions of simulation and samples, and their weights."""
-    frames = problem.simulated if problem.exchanged is None else problem.exchanged
+    compared = problem.compared(energy.temperature)
+    frames = problem.simulated if compared is None else compared[0]
     return {
         "simulated_energies": energy(spaced(frames[:], FRAMES)).double().numpy(),
         "simulated_torsions": problem.torsions(frames[:]),
@@ -204,10 +221,16 @@ COLUMNS = {
     "T (K)": lambda r: f"{r['settings']['last_temperature']:g}",
     "samples seen": lambda r: f"{r['samples_seen']:,}",
     "energies": lambda r: f"{r['energies']:,}",
-    "ESS of the flow, clipped": lambda r: f"{r['ess_alone']:.1%}, {r['ess_alone_clipped']:.1%}",
+    "samples": lambda r: f"{r['settings']['samples']:,}",
     "ESS": lambda r: f"{r['ess']:.1%} ± {r['ess_error']:.1%}",
     "ESS, clipped": lambda r: f"{r['ess_clipped']:.1%} ± {r['ess_clipped_error']:.1%}",
     "forward ESS": lambda r: f"{r['forward_ess']:.1%}",
+    "turns averaged over": lambda r: f"{r['mean']['orders']}, {r['mean']['samples']:,} samples",
+    "ESS of the mean": lambda r: f"{r['mean']['ess']:.1%} ± {r['mean']['ess_error']:.1%}",
+    "ESS of the mean, clipped": lambda r: (
+        f"{r['mean']['ess_clipped']:.1%} ± {r['mean']['ess_clipped_error']:.1%}"
+    ),
+    "forward ESS of the mean": lambda r: f"{r['mean']['forward_ess']:.1%}",
     "NLL held out / training": lambda r: f"{r['nll']:.2f} / {r['nll_training']:.2f}",
     "KL(q‖p), KL(p‖q)": lambda r: f"{r['kl_reverse']:.2f}, {r['kl_forward']:.2f}",
     "φψ KL raw / reweighted / simulation": lambda r: (

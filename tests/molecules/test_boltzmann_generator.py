@@ -114,10 +114,14 @@ def test_rounds_end_at_the_last_temperature(output, draw):
 
 def test_a_cold_flow_is_compared_with_replica_exchange(output, monkeypatch, draw):
     monkeypatch.setattr(replica_exchange, "EQUILIBRATION", 2)
-    compared = dataclasses.replace(example.PRESETS["cold"], ensembles=2, exchanged=30, orders=3)
+    compared = dataclasses.replace(
+        example.PRESETS["cold"], ensembles=2, exchanged=30, orders=3, turned=40
+    )
     monkeypatch.setitem(example.PRESETS, "cold", compared)
     record = example.run("cold", "p4", 0, output, workers=1, progress=False)
-    assert math.isfinite(record["nll"]) and record["orders"] == 3
+    assert math.isfinite(record["nll"])
+    assert record["mean"]["orders"] == 3 and record["mean"]["samples"] == 40
+    assert 0 < record["mean"]["ess"] <= 1 and math.isfinite(record["mean"]["forward_ess"])
     # No frame at 300 K has been trained on.
     assert "nll_training" not in record
     assert record["settings"]["ensembles"] == 2
