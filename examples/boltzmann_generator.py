@@ -26,6 +26,7 @@ from nflows.flows.base import Flow
 from ramachandran import is_trans
 from replica_exchange import replica_exchange
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from p4flows import InvertibleMatrix, MergeHook, fit, spline_flow
 from p4flows.molecules import (
@@ -70,7 +71,7 @@ class Preset:
     frames: int = 25_000
     blocks: int = 8
     hidden: tuple[int, ...] = (64, 64)
-    steps: int = 900
+    steps: int = 1_500
     batch: int = 256
     learning_rate: float = 1e-3
     rounds: int = 3
@@ -121,7 +122,7 @@ PRESETS = {
         ensembles=6,
         orders=27,
     ),
-    "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128)),
+    "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128), steps=3_000),
 }
 
 
@@ -250,6 +251,11 @@ class Training:
             self.pool = torch.cat([self.pool, own])
         else:
             self.pool, self.pool_temperature = own, temperature
+        if self.progress:
+            tqdm.write(
+                f"round {number} at {temperature:.0f} K: ESS {share:.1%} (clipped), "
+                f"training on {len(self.pool):,} structures"
+            )
         self._fit(f"round{number}", preset.round_steps)
         return {
             "temperature": temperature,
