@@ -74,7 +74,12 @@ def merits(
         (row.error.right.item() for row in diagnose(flow, show=False)), default=None
     )
     if math.isclose(energy.temperature, problem.temperature):
-        numbers["nll_training"] = _nll(flow, problem, spaced(problem.training, FRAMES))
+        seen = spaced(problem.training, FRAMES)
+        numbers["nll_training"] = _nll(flow, problem, seen)
+        # Without the energies of the frames, whose mean differs from replica to replica.
+        _, numbers["kl_forward_training"] = kl_divergences(
+            log_weights, log_weights_of(flow, problem.coordinates, energy, seen)
+        )
     compared = problem.compared(energy.temperature)
     if compared is None:
         return numbers
@@ -232,7 +237,10 @@ COLUMNS = {
     ),
     "forward ESS of the mean": lambda r: f"{r['mean']['forward_ess']:.1%}",
     "NLL held out / training": lambda r: f"{r['nll']:.2f} / {r['nll_training']:.2f}",
-    "KL(q‖p), KL(p‖q)": lambda r: f"{r['kl_reverse']:.2f}, {r['kl_forward']:.2f}",
+    "KL(q‖p)": lambda r: f"{r['kl_reverse']:.3f}",
+    "KL(p‖q) held out / training": lambda r: (
+        f"{r['kl_forward']:.3f} / {r['kl_forward_training']:.3f}"
+    ),
     "φψ KL raw / reweighted / simulation": lambda r: (
         f"{r['ramachandran_raw']:.4f} / {r['ramachandran']:.4f} / "
         f"{r['ramachandran_simulation']:.4f}"
