@@ -67,6 +67,9 @@ class Preset:
 
     molecule: str = "alanine_dipeptide"
     temperature: float = 600.0  # K
+    # 1/ps. With 1/ps the energies of frames 100 fs apart are alike for a picosecond, and torsions
+    # turn no faster than with 10/ps.
+    friction: float = 10.0
     replicas: int = 4
     frames: int = 25_000
     blocks: int = 8
@@ -97,6 +100,7 @@ PRESETS = {
     "quick": Preset(),
     # Rounds are worth most at the end, where the learning rate is low and the weights are good.
     "long": Preset(
+        friction=1.0,
         replicas=10,
         frames=50_000,
         hidden=(128, 128),
@@ -110,6 +114,7 @@ PRESETS = {
     ),
     # From frames at 600 K to weights at 300 K: no simulation at 300 K is needed.
     "cold": Preset(
+        friction=1.0,
         replicas=10,
         batch=512,
         steps=2_500,
@@ -122,7 +127,7 @@ PRESETS = {
         ensembles=6,
         orders=27,
     ),
-    "tetrapeptide": Preset(molecule="tetrapeptide", hidden=(128, 128), steps=3_000),
+    "tetrapeptide": Preset(molecule="tetrapeptide", frames=15_000, hidden=(128, 128), steps=3_000),
 }
 
 
@@ -151,7 +156,7 @@ class Problem:
         replicas = simulate(
             self.molecule,
             output / "md",
-            dynamics=LangevinDynamics(temperature=preset.temperature),
+            dynamics=LangevinDynamics(temperature=preset.temperature, friction=preset.friction),
             replicas=preset.replicas,
             frames=preset.frames,
             workers=workers,

@@ -40,6 +40,17 @@ def spaced(rows: Any, count: int) -> Any:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
+def correlation_length(series: np.ndarray) -> float:
+    """Consecutive frames that are worth one independent: 1 + 2 Σ of the autocorrelation."""
+    centered = series - series.mean()
+    spectrum = np.fft.rfft(centered, 2 * len(series))
+    correlation = np.fft.irfft(np.abs(spectrum) ** 2)[: len(series)]
+    correlation /= correlation[0]
+    # What comes after it has fallen to zero is noise.
+    end = np.argmax(correlation <= 0) or len(series)
+    return float(1.0 + 2.0 * correlation[1:end].sum())
+
+
 @torch.no_grad()
 def merits(
     problem: Any,
@@ -145,6 +156,9 @@ def _against_simulation(
         "ramachandran_raw": ramachandran_divergence(expected, torsions),
         "ramachandran": ramachandran_divergence(expected, torsions, weights),
         "ramachandran_simulation": ramachandran_divergence(*halves),
+        "energy_correlation": correlation_length(
+            energy(simulated.replicas[-1, :FRAMES]).double().numpy()
+        ),
         "median_shift": float(np.median(found) - np.median(energies)),
         "energy_w2": energy_distance(energies, np.minimum(found, energies.max() + 100.0)),
         "energy_w2_reweighted": energy_distance(
@@ -245,6 +259,7 @@ COLUMNS = {
         f"{r['ramachandran_raw']:.4f} / {r['ramachandran']:.4f} / "
         f"{r['ramachandran_simulation']:.4f}"
     ),
+    "frames to an independent energy": lambda r: f"{r['energy_correlation']:.1f}",
     "median energy shift": lambda r: f"{r['median_shift']:+.2f}",
     "W₂ energy raw / reweighted": lambda r: (
         f"{r['energy_w2']:.2f} / {r['energy_w2_reweighted']:.2f}"

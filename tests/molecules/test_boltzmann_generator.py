@@ -5,6 +5,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,6 +101,17 @@ def test_an_interrupted_run_ends_with_the_same_numbers(output, tmp_path, monkeyp
     torch.testing.assert_close(
         states(tmp_path / "a", False), states(tmp_path / "b", True), rtol=0, atol=0
     )
+
+
+def test_correlation_length_of_an_autoregressive_series():
+    """(1 + a)/(1 − a) for x ← a x + noise."""
+    noise = np.random.default_rng(0).normal(size=40_000)
+    series = np.empty_like(noise)
+    last = 0.0
+    for step, kick in enumerate(noise):
+        series[step] = last = 0.8 * last + kick
+    assert report.correlation_length(series) == pytest.approx(9.0, rel=0.15)
+    assert report.correlation_length(noise) == pytest.approx(1.0, abs=0.1)
 
 
 def test_rounds_end_at_the_last_temperature(output, draw):
