@@ -36,7 +36,8 @@ class MixedCoordinateTransform(Transform):
     without a change of energy, but no simulation does so. A torsion relative to a sibling whose
     data stays on one side of the plane is kept there, half of its circle (as Schopmans and
     Friederich 2025 do), and a block keeps its hand. Nothing is clamped: `covers` tells which
-    features lie within, and samples outside of it are to have weight zero.
+    features lie within, and samples outside of it are to have weight zero. A third of a turn of a
+    methyl group (`methyl_rotations`) stays within.
 
     **The log-determinant.** Dropping rigid motions makes this a map between spaces of different
     dimension, whose volume is defined by the full map (features q, translation t, rotation
