@@ -1,6 +1,7 @@
 """A Boltzmann generator whose weights are worth something: splines on circles, then energies.
 
     python examples/boltzmann_generator.py --preset quick
+    python examples/boltzmann_generator.py --preset likelihood
     python examples/boltzmann_generator.py --preset long
     python examples/boltzmann_generator.py --preset cold
     python examples/boltzmann_generator.py --preset tetrapeptide
@@ -98,6 +99,8 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(),
+    # Frames alone.
+    "likelihood": Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0),
     # Rounds are worth most at the end, where the learning rate is low and the weights are good.
     "long": Preset(
         friction=1.0,
