@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from boltzmann_generator_problem import Frames, Problem
 from nflows.flows.base import Flow
 from ramachandran import ramachandran, states
 from torch import Tensor
@@ -53,7 +54,7 @@ def correlation_length(series: np.ndarray) -> float:
 
 @torch.no_grad()
 def merits(
-    problem: Any,
+    problem: Problem,
     flow: Flow,
     drawn: WeightedSamples,
     energy: OpenMMEnergy,
@@ -99,7 +100,7 @@ def merits(
 
 @torch.no_grad()
 def merits_of_mean(
-    problem: Any,
+    problem: Problem,
     flow: Flow,
     drawn: WeightedSamples,
     energy: OpenMMEnergy,
@@ -125,11 +126,11 @@ def merits_of_mean(
 
 
 def _against_simulation(
-    problem: Any,
+    problem: Problem,
     flow: Flow,
     drawn: WeightedSamples,
     energy: OpenMMEnergy,
-    simulated: Any,
+    simulated: Frames,
     held_out: Tensor,
     generator: torch.Generator,
 ) -> dict[str, Any]:
@@ -171,13 +172,13 @@ def _against_simulation(
     }
 
 
-def _nll(flow: Flow, problem: Any, frames: Tensor) -> float:
+def _nll(flow: Flow, problem: Problem, frames: Tensor) -> float:
     """Mean negative log-likelihood of the features of frames, in nats."""
     features, _ = problem.coordinates(frames)
     return -torch.cat([flow.log_prob(rows) for rows in features.split(5_000)]).mean().item()
 
 
-def _simulated_free_energy(problem: Any, simulated: Any) -> dict[str, Any]:
+def _simulated_free_energy(problem: Problem, simulated: Frames) -> dict[str, Any]:
     """ΔF between the two states of the simulation; the error is the scatter of its replicas."""
     labels = states(np.degrees(problem.torsions(simulated.replicas.flatten(0, 1))))
     labels = np.where(simulated.trans, labels.reshape(simulated.trans.shape), -1)
@@ -195,7 +196,7 @@ def _simulated_free_energy(problem: Any, simulated: Any) -> dict[str, Any]:
 
 
 def distributions(
-    problem: Any, drawn: WeightedSamples, energy: OpenMMEnergy
+    problem: Problem, drawn: WeightedSamples, energy: OpenMMEnergy
 ) -> dict[str, np.ndarray]:
     """What `figure` draws: energies and torsions of simulation and samples, and their weights."""
     compared = problem.compared(energy.temperature)
