@@ -82,6 +82,7 @@ def check_symmetries(symmetries: Tensor, atoms: int) -> None:
         raise ValueError(
             f"symmetries must have shape (g, {atoms}) with g > 0, got {tuple(symmetries.shape)}"
         )
+    symmetries = symmetries.cpu()
     if not torch.equal(symmetries.sort(-1).values, torch.arange(atoms).expand_as(symmetries)):
         raise ValueError(f"every row of symmetries must be a permutation of 0 to {atoms - 1}")
     # Of 3⁶ permutations there are half a million products: compared by one number each.
@@ -99,7 +100,7 @@ def permuted(
     More data from the same data: to be done anew for each batch.
 
     Args:
-        positions: shape `(N, 3·atoms)`.
+        positions: shape `(N, 3·atoms)`, on any device.
         symmetries: int64, shape `(g, atoms)`, as `methyl_rotations` gives them.
         generator: of the draws; torch's global one by default.
 
@@ -116,8 +117,11 @@ def permuted(
         [[3.0, 4.0, 5.0, 0.0, 1.0, 2.0]]
     """
     check_rows(positions, 3 * symmetries.shape[-1])
-    chosen = torch.randint(len(symmetries), (len(positions),), generator=generator)
-    atoms = symmetries[chosen].unsqueeze(-1).expand(-1, -1, 3)
+    device = torch.device("cpu") if generator is None else generator.device
+    count = (len(positions),)
+    chosen = torch.randint(len(symmetries), count, generator=generator, device=device)
+    orders = symmetries[chosen.to(symmetries.device)].to(positions.device)
+    atoms = orders.unsqueeze(-1).expand(-1, -1, 3)
     return positions.unflatten(-1, (-1, 3)).gather(1, atoms).flatten(1)
 
 
@@ -162,7 +166,7 @@ def log_density_of(
     if symmetries is not None:
         check_symmetries(symmetries, positions.shape[-1] // 3)
         own = torch.arange(symmetries.shape[1])
-        orders = [None if torch.equal(order, own) else order for order in symmetries]
+        orders = [None if torch.equal(order, own) else order for order in symmetries.cpu()]
     parts = []
     for rows in positions.split(_ROWS):
         found = []
