@@ -29,6 +29,7 @@ figures: .venv/.installed  ## tables and figures again, from the records under r
 	$(call drawn,alanine_dipeptide/data-beyond-0.json,alanine_dipeptide.py --preset beyond)
 	$(call drawn,boltzmann_generator/quick-p4-0.json,boltzmann_generator.py --preset quick)
 	$(call drawn,boltzmann_generator/likelihood-p4-0.json,boltzmann_generator.py --preset likelihood)
+	$(call drawn,boltzmann_generator/unturned-p4-0.json,boltzmann_generator.py --preset unturned)
 	$(call drawn,boltzmann_generator/long-p4-0.json,boltzmann_generator.py --preset long)
 	$(call drawn,boltzmann_generator/cold-p4-0.json,boltzmann_generator.py --preset cold)
 	$(call drawn,boltzmann_generator/tetrapeptide-p4-0.json,boltzmann_generator.py --preset tetrapeptide)

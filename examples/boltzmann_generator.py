@@ -2,6 +2,7 @@
 
     python examples/boltzmann_generator.py --preset quick
     python examples/boltzmann_generator.py --preset likelihood
+    python examples/boltzmann_generator.py --preset unturned
     python examples/boltzmann_generator.py --preset long
     python examples/boltzmann_generator.py --preset cold
     python examples/boltzmann_generator.py --preset tetrapeptide
@@ -43,8 +44,9 @@ SAVED_STRUCTURES = 10_000
 
 PRESETS = {
     "quick": Preset(),
-    # Frames alone.
+    # Frames alone, and what is lost when each has its hydrogens in one order only.
     "likelihood": Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0),
+    "unturned": Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0, turn=False),
     # Rounds are worth most at the end, where the learning rate is low and the weights are good.
     "long": Preset(
         friction=1.0,
@@ -149,8 +151,10 @@ class Training:
 
     def _batch(self, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(self.pool), (self.preset.batch,), generator=generator)
-        turned = permuted(self.pool[rows], self.problem.turns, generator=generator)
-        return self.problem.coordinates(turned)[0]
+        positions = self.pool[rows]
+        if self.preset.turn:
+            positions = permuted(positions, self.problem.turns, generator=generator)
+        return self.problem.coordinates(positions)[0]
 
     def _fit(self, segment: str, steps: int) -> None:
         result = fit(

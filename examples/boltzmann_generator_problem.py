@@ -47,6 +47,7 @@ class Preset:
     frames: int = 25_000
     blocks: int = 8
     hidden: tuple[int, ...] = (64, 64)
+    turn: bool = True  # methyl groups at random in each batch
     steps: int = 1_500
     batch: int = 256
     learning_rate: float = 1e-3
