@@ -77,7 +77,7 @@ PRESETS = {
         orders=27,
     ),
     # Rounds would not pay: an effective sample size below a percent leaves them too few samples.
-    "tetrapeptide": Preset(molecule="tetrapeptide", frames=30_000, rounds=0),
+    "tetrapeptide": Preset(molecule="tetrapeptide", frames=12_000, steps=1_000, rounds=0),
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,7 +107,14 @@ def capped_alanines(residues: int, *, force_field: Sequence[str] = FORCE_FIELD) 
     n = add(amide, "N", "N", carbonyl, nitrogen_at)
     add(amide, "C", "C", n, beside(0.146, 122.0, 180.0, carbonyl, n, before))
     modeller = app.Modeller(topology, np.stack(placed) * unit.nanometer)
-    modeller.addHydrogens(platform=openmm.Platform.getPlatformByName("Reference"))
+    # OpenMM draws where hydrogens start from Python's generator: a simulation is found again by its
+    # start positions, which are to be the same in every process.
+    state = random.getstate()
+    random.seed(0)
+    try:
+        modeller.addHydrogens(platform=openmm.Platform.getPlatformByName("Reference"))
+    finally:
+        random.setstate(state)
     positions = np.array(modeller.positions.value_in_unit(unit.nanometer))
     return _molecule(f"ace-ala{residues}-nme", modeller.topology, positions, force_field)
 

@@ -1,5 +1,7 @@
 """Molecules from force-field files."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -107,3 +109,13 @@ def test_what_the_force_field_does_not_know_is_refused(tetrapeptide, tmp_path):
 def test_bad_lengths_are_refused(residues, error):
     with pytest.raises(error, match="residues must be a positive int"):
         molecules.capped_alanines(residues)
+
+
+def test_a_peptide_has_the_same_start_in_every_process():
+    """By which its simulation is found again; Python's generator goes on as if nothing had been."""
+    random.seed(1)
+    first = molecules.capped_alanines(2)
+    expected = random.Random(1).random()
+    assert random.random() == expected
+    random.seed(2)
+    assert (molecules.capped_alanines(2).positions == first.positions).all()
