@@ -10,7 +10,7 @@ help:  ## list the targets
 demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
 
-ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, a quarter of an hour
+ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
 	$(BIN)/python examples/boltzmann_generator.py --preset quick
 
 # A script draws where there are records: files under results/, script and options.
