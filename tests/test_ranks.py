@@ -4,7 +4,9 @@ What a process finds is written to a file, because one that ends while another s
 be torn down with an error.
 """
 
+import os
 import pickle
+import sys
 import time
 import traceback
 from datetime import timedelta
@@ -195,7 +197,10 @@ def _process(rank, ranks, folder, task):
     except BaseException:
         outcome = None, traceback.format_exc()
     (folder / f"rank{rank}").write_bytes(pickle.dumps(outcome))
-    # Not by dist.destroy_process_group: where a process failed, the others would wait.
+    # Not by dist.destroy_process_group: where a process failed, the others would wait. And not past
+    # the interpreter's end, where gloo's threads now and then abort.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(task, folder, ranks=2):
