@@ -42,11 +42,12 @@ CLIP = 1e-4
 CLIP_NORM = 100.0
 SAVED_STRUCTURES = 10_000
 
+# Frames alone; unturned, what is lost when each has its hydrogens in one order only.
+LIKELIHOOD = Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0)
 PRESETS = {
     "quick": Preset(),
-    # Frames alone, and what is lost when each has its hydrogens in one order only.
-    "likelihood": Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0),
-    "unturned": Preset(friction=1.0, replicas=10, batch=512, steps=3_000, rounds=0, turn=False),
+    "likelihood": LIKELIHOOD,
+    "unturned": dataclasses.replace(LIKELIHOOD, turn=False),
     # Rounds are worth most at the end, where the learning rate is low and the weights are good.
     "long": Preset(
         friction=1.0,

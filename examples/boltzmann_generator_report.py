@@ -67,17 +67,13 @@ def merits(
     label = torch.from_numpy(states(np.degrees(torsions)))
     numbers: dict[str, Any] = {"outside": (log_weights == -math.inf).double().mean().item()}
 
-    def with_error(name: str, statistic: Any, *samples: Tensor) -> None:
-        numbers[name] = statistic(*samples)
-        numbers[f"{name}_error"] = bootstrap_error(statistic, *samples, generator=generator)
+    def difference(log_weights: Tensor, where: Tensor) -> float:
+        return free_energy_difference(log_weights, where == 0, where == 1)
 
-    with_error("ess", effective_sample_size, log_weights)
-    with_error("ess_clipped", lambda w: effective_sample_size(w, clip=CLIP), log_weights)
-    with_error(
-        "free_energy_kt",
-        lambda w, where: free_energy_difference(w, where == 0, where == 1),
-        log_weights,
-        label,
+    numbers |= _sizes(log_weights, generator)
+    numbers["free_energy_kt"] = difference(log_weights, label)
+    numbers["free_energy_kt_error"] = bootstrap_error(
+        difference, log_weights, label, generator=generator
     )
     numbers["free_energy_raw_kt"] = free_energy_difference(
         torch.zeros(len(label)), label == 0, label == 1
@@ -109,14 +105,8 @@ def merits_of_mean(
 ) -> dict[str, Any]:
     """Effective sample sizes of the density that is the mean over turns of the methyl groups."""
     generator = torch.Generator().manual_seed(seed)
-
-    def clipped_size(log_weights: Tensor) -> float:
-        return effective_sample_size(log_weights, clip=CLIP)
-
     numbers: dict[str, Any] = {"orders": len(turns), "samples": len(drawn.log_weights)}
-    for name, size in (("ess", effective_sample_size), ("ess_clipped", clipped_size)):
-        numbers[name] = size(drawn.log_weights)
-        numbers[f"{name}_error"] = bootstrap_error(size, drawn.log_weights, generator=generator)
+    numbers |= _sizes(drawn.log_weights, generator)
     compared = problem.compared(energy.temperature)
     if compared is not None:
         held_out = spaced(compared[1], FRAMES)
@@ -170,6 +160,19 @@ def _against_simulation(
         "torus_w2_simulation": torus_distance(*(spaced(half, TRANSPORTED) for half in halves)),
         **_simulated_free_energy(problem, simulated),
     }
+
+
+def _sizes(log_weights: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """Effective sample sizes, raw and clipped, with their errors."""
+
+    def clipped_size(log_weights: Tensor) -> float:
+        return effective_sample_size(log_weights, clip=CLIP)
+
+    numbers = {}
+    for name, size in (("ess", effective_sample_size), ("ess_clipped", clipped_size)):
+        numbers[name] = size(log_weights)
+        numbers[f"{name}_error"] = bootstrap_error(size, log_weights, generator=generator)
+    return numbers
 
 
 def _nll(flow: Flow, problem: Problem, frames: Tensor) -> float:

@@ -10,6 +10,7 @@ import openmm
 from openmm import app, unit
 
 from p4flows.arguments import check_positive_int
+from p4flows.molecules.bonds import bonded
 from p4flows.molecules.system import Molecule
 
 # Their OBC is the native GBSAOBCForce, several times as fast as that of implicit/obc2.xml.
@@ -134,10 +135,7 @@ def _molecule(
 
 def _refuse_several(topology: app.Topology) -> None:
     """An error when not all atoms are connected by bonds."""
-    neighbours: dict[int, list[int]] = {atom.index: [] for atom in topology.atoms()}
-    for first, second in topology.bonds():
-        neighbours[first.index].append(second.index)
-        neighbours[second.index].append(first.index)
+    neighbours = bonded(topology)
     reached, queue = {0}, [0]
     for atom in queue:
         fresh = [n for n in neighbours[atom] if n not in reached]

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from p4flows.arguments import check_positive_int
 from p4flows.molecules.losses import Energy
-from p4flows.molecules.symmetry import check_symmetries, log_density_of, permuted
-
-# Rows at once: the spline parameters of 10,000 rows take some hundred MB.
-_ROWS = 5_000
+from p4flows.molecules.symmetry import ROWS, check_symmetries, log_density_of, permuted
 
 
 class WeightedSamples(NamedTuple):
@@ -76,8 +73,8 @@ def weighted_samples(
     check_positive_int("samples", samples)
     covers = getattr(coordinates, "covers", None)
     parts = []
-    for first in range(0, samples, _ROWS):
-        features, log_density = flow.sample_and_log_prob(min(_ROWS, samples - first))
+    for first in range(0, samples, ROWS):
+        features, log_density = flow.sample_and_log_prob(min(ROWS, samples - first))
         positions, volume = coordinates.inverse(features)
         log_density = log_density - volume
         drawn = features
@@ -154,7 +151,7 @@ def log_weights_of(
         >>> log_weights_of(flow, P4InvTransform(4), energy, x).shape
         torch.Size([5])
     """
-    parts = [-energy(rows) for rows in positions.split(_ROWS)]
+    parts = [-energy(rows) for rows in positions.split(ROWS)]
     return torch.cat(parts) - log_density_of(flow, coordinates, positions, symmetries)
 
 

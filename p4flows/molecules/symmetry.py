@@ -11,9 +11,10 @@ from openmm import app
 from torch import Tensor
 
 from p4flows.arguments import check_rows
+from p4flows.molecules.bonds import bonded, openmm_topology
 
-# Rows at once, as in weighted_samples.
-_ROWS = 5_000
+# Rows at once: the spline parameters of 10,000 rows take some hundred MB.
+ROWS = 5_000
 
 
 def methyl_rotations(topology: app.Topology | mdtraj.Topology) -> Tensor:
@@ -38,26 +39,19 @@ def methyl_rotations(topology: app.Topology | mdtraj.Topology) -> Tensor:
         >>> methyl_rotations(alanine_dipeptide().topology).shape
         torch.Size([27, 22])
     """
-    if isinstance(topology, mdtraj.Topology):
-        topology = topology.to_openmm()
-    if not isinstance(topology, app.Topology):
-        raise TypeError(
-            f"topology must be an OpenMM or mdtraj Topology, got {type(topology).__name__}"
-        )
-    neighbours: dict[int, list[app.Atom]] = {atom.index: [] for atom in topology.atoms()}
-    for first, second in topology.bonds():
-        neighbours[first.index].append(second)
-        neighbours[second.index].append(first)
-    groups = []
-    for found in neighbours.values():
-        hydrogens = sorted(a.index for a in found if a.element is app.element.hydrogen)
-        if len(hydrogens) == 3 and len(found) == 4:
-            groups.append(hydrogens)
+    topology = openmm_topology(topology)
+    hydrogens = {a.index for a in topology.atoms() if a.element is app.element.hydrogen}
+    neighbours = bonded(topology)
+    groups = [
+        sorted(found & hydrogens)
+        for found in neighbours
+        if len(found) == 4 and len(found & hydrogens) == 3
+    ]
     identity = torch.arange(len(neighbours))
     permutations = identity.repeat(3 ** len(groups), 1)
     for row, turns in enumerate(itertools.product(range(3), repeat=len(groups))):
-        for hydrogens, turn in zip(groups, turns, strict=True):
-            permutations[row, hydrogens] = identity[hydrogens].roll(turn)
+        for group, turn in zip(groups, turns, strict=True):
+            permutations[row, group] = identity[group].roll(turn)
     return permutations
 
 
@@ -168,7 +162,7 @@ def log_density_of(
         own = torch.arange(symmetries.shape[1])
         orders = [None if torch.equal(order, own) else order for order in symmetries.cpu()]
     parts = []
-    for rows in positions.split(_ROWS):
+    for rows in positions.split(ROWS):
         found = []
         for order in orders:
             images = rows if order is None else rows.unflatten(-1, (-1, 3))[:, order].flatten(1)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import mdtraj
 from openmm import app
 
+from p4flows.molecules.bonds import bonded, openmm_topology
+
 
 class ZMatrix(NamedTuple):
     """How all atoms outside of a Cartesian block are placed.
@@ -49,13 +51,7 @@ def find_z_matrix(
         >>> z_matrix.block, len(z_matrix.rows)
         ((6, 8, 9, 10, 14), 17)
     """
-    if isinstance(topology, mdtraj.Topology):
-        topology = topology.to_openmm()
-    if not isinstance(topology, app.Topology):
-        raise TypeError(
-            f"topology must be an OpenMM or mdtraj Topology, got {type(topology).__name__}"
-        )
-    graph = _BondGraph(topology)
+    graph = _BondGraph(openmm_topology(topology))
     chosen = graph.center() if block is None else _checked_block(graph, block)
     return ZMatrix(chosen, graph.grow(chosen))
 
@@ -67,10 +63,7 @@ class _BondGraph:
         atoms = list(topology.atoms())
         if len(atoms) < 3:
             raise ValueError(f"topology must have at least 3 atoms, got {len(atoms)}")
-        neighbours: list[set[int]] = [set() for _ in atoms]
-        for first, second in topology.bonds():
-            neighbours[first.index].add(second.index)
-            neighbours[second.index].add(first.index)
+        neighbours = bonded(topology)
         heavy = [atom.element is None or atom.element.symbol != "H" for atom in atoms]
 
         def surroundings(atom: int) -> tuple[int, int, int]:
