@@ -43,9 +43,10 @@ integrations: .venv-integrations/.installed  ## P4 layers in the loops of other 
 oldest: .venv-oldest/.installed  ## the tests with the oldest torch, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
-lint: .venv/.installed  ## ruff: rules and format
+lint: .venv/.installed  ## ruff (rules and format) and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 
 types: .venv/.installed  ## mypy on the package
 	$(BIN)/mypy p4flows

@@ -12,8 +12,8 @@ import torch
 from report import measured, table
 from torch import Tensor
 
-from p4flows.linalg import residual
 from p4flows.matrices.error import error_of_state
+from p4flows.matrices.linear_algebra import residual
 
 CONDITIONS = {
     torch.float32: (1e1, 1e2, 1e3, 1e4, 1e5, 1e6),

@@ -53,8 +53,8 @@ from torch.distributions import AffineTransform
 from tqdm.auto import tqdm
 
 from p4flows import MergeHook
-from p4flows.base_distribution import BaseNormal
 from p4flows.bgflow import as_transform, realnvp_flow
+from p4flows.flows.base import BaseNormal
 from p4flows.molecules import MixedCoordinateTransform
 
 

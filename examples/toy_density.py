@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from experiment import Record, cells, command_line, in_processes, kept, publish, table, there
 from torch import Tensor, nn
+from toy_targets import TARGETS, Target
 
 from p4flows import InvertibleMatrix, MergeHook, bent_stacked_flow, fit, realnvp_flow
-from p4flows.toy import TARGETS, Target
 
 EVALUATION_SAMPLES = 100_000
 # A sample counts as leaked where the target's density is lower than at this share of its own

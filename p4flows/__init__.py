@@ -3,18 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from p4flows.attaching import NotMergedWarning
-from p4flows.averaging import AveragedModel, ElementwiseAverageWarning
 from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
-from p4flows.merging import MergeHook
+from p4flows.merging.attaching import NotMergedWarning
+from p4flows.merging.average import AveragedModel, ElementwiseAverageWarning
+from p4flows.merging.hook import MergeHook
 from p4flows.parametrize import invertible, orthogonal
 from p4flows.training import fit
 
 if TYPE_CHECKING:
-    from p4flows.base_distribution import BaseNormal
-    from p4flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
-    from p4flows.conversion import plain, swap_linear
+    from p4flows.flows.base import BaseNormal
+    from p4flows.flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
+    from p4flows.flows.conversion import plain, swap_linear
     from p4flows.transforms import (
         BentIdentity,
         BentStack,
@@ -54,9 +54,9 @@ __all__ = [
 # Imported when they are first asked for: they need nflows, which brings tensorboard and matplotlib
 # along, and a weight of an nn.Linear does not.
 _NEED_NFLOWS = {
-    "base_distribution": ("BaseNormal",),
-    "builders": ("bent_stacked_flow", "realnvp_flow", "spline_flow"),
-    "conversion": ("plain", "swap_linear"),
+    "flows.base": ("BaseNormal",),
+    "flows.builders": ("bent_stacked_flow", "realnvp_flow", "spline_flow"),
+    "flows.conversion": ("plain", "swap_linear"),
     "transforms": (
         "BentIdentity",
         "BentStack",

@@ -18,12 +18,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
-from p4flows.attaching import driver_of, held
 from p4flows.batches import BatchFunction, Source, source_of
 from p4flows.checkpoints import previous_of, read_checkpoint, try_folder, write_checkpoint
 from p4flows.matrices import InvertibleMatrix, PerturbedMatrix
-from p4flows.merging import MergeHook
-from p4flows.ranks import average_gradients, spread, world
+from p4flows.merging.attaching import driver_of, held
+from p4flows.merging.hook import MergeHook
+from p4flows.merging.processes import average_gradients, spread, world
 
 _FORMAT = 2
 # Formatting the bar costs as much as a step of a small flow, so it is not done at each one.
@@ -124,12 +124,12 @@ def fit(
             it.
 
     Example:
-        >>> from p4flows import bent_stacked_flow, toy
+        >>> from p4flows import bent_stacked_flow
         >>> flow = bent_stacked_flow(2, 2)
         >>> optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3)
         >>> hook = MergeHook(flow, optimizer, every=10)
-        >>> sample = toy.TARGETS["moons"].sample
-        >>> result = fit(flow, lambda generator: sample(50, generator), steps=20,
+        >>> sample = lambda generator: torch.randn(256, 2, generator=generator)
+        >>> result = fit(flow, lambda generator: sample(generator), steps=20,
         ...              optimizer=optimizer, hook=hook, progress=False)
         >>> result.losses.shape
         torch.Size([20])

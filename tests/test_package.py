@@ -1,6 +1,5 @@
 """What the package promises as a whole: its names, light imports, types."""
 
-import ast
 import importlib.resources
 import re
 import subprocess
@@ -88,42 +87,3 @@ def test_all_names_are_listed_and_others_missed():
     assert set(p4flows.__all__) <= set(dir(p4flows))
     with pytest.raises(AttributeError, match="has no attribute 'P4Inv'"):
         _ = p4flows.P4Inv
-
-
-# What a room may import, from the ground up; a room without an entry may import everything below.
-ROOMS = [
-    {"arguments", "linalg", "draws"},
-    {"matrices"},
-    {"attaching", "merge_stats", "optimizer_entry", "optimizer_state", "ranks", "averaging"},
-    {"merging", "parametrize", "diagnosis"},
-    {"batches", "checkpoints", "training"},
-    {"transforms", "base_distribution"},
-    {"builders", "conversion", "toy"},
-    {"bgflow", "zuko", "freia", "molecules"},
-]
-# The one host of the core; nothing above it may be needed for torch's own modules.
-TORCH_ALONE = {room for rooms in ROOMS[:5] for room in rooms}
-
-
-def rooms_imported(file):
-    """Of the package, when the file is imported; what functions import later does not count."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("p4flows."):
-            yield node.module.split(".")[1]
-
-
-def test_no_import_points_upwards():
-    package = ROOT / "p4flows"
-    level = {room: index for index, rooms in enumerate(ROOMS) for room in rooms}
-    for file in package.rglob("*.py"):
-        room = file.relative_to(package).parts[0].removesuffix(".py")
-        if room == "__init__":
-            continue
-        assert room in level, f"{room} has no place among the rooms"
-        for other in rooms_imported(file):
-            assert level[other] <= level[room], f"{file.name} imports {other}"
-        if room in TORCH_ALONE:
-            assert "nflows" not in re.findall(
-                r"^(?:from|import) (\w+)", file.read_text(encoding="utf-8"), flags=re.M
-            )

@@ -6,8 +6,7 @@ import math
 import mpmath
 import pytest
 import torch
-
-from p4flows.toy import TARGETS, Target
+from toy_targets import TARGETS, Target
 
 NAMES = [
     "checkerboard",

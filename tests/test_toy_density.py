@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 import toy_density as example
-
-from p4flows.toy import TARGETS
+from toy_targets import TARGETS
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,8 @@ from p4flows import (
     bent_stacked_flow,
     fit,
 )
-from p4flows.attaching import driver_of
 from p4flows.checkpoints import DamagedCheckpointError, read_checkpoint, write_checkpoint
+from p4flows.merging.attaching import driver_of
 from p4flows.training import negative_log_likelihood
 
 STEPS = 23

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from p4flows.linalg import (
+from p4flows.matrices.linear_algebra import (
     by_columns,
     capacitance,
     inverse_and_logabsdet_small,

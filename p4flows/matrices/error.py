@@ -5,7 +5,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from p4flows.linalg import residual
+from p4flows.matrices.linear_algebra import residual
 
 # LAPACK's own tests of inverses pass below it.
 RATIO = 30.0

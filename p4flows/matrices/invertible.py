@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from p4flows.arguments import check_positive_int
-from p4flows.linalg import (
+from p4flows.matrices.additive import Additive
+from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.linear_algebra import (
     add_product,
     inverse_small,
     log_singular_values,
     norm_1,
     slogdet_small,
 )
-from p4flows.matrices.additive import Additive
-from p4flows.matrices.bounds import MergeBounds
 from p4flows.matrices.merge import Merged, State, probe, probe_tolerance
 from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
 from p4flows.matrices.perturbed import PerturbedMatrix

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from p4flows.draws import random_signs
-from p4flows.linalg import norm_1
+from p4flows.matrices.directions import random_signs
+from p4flows.matrices.linear_algebra import norm_1
 from p4flows.matrices.precision import is_autocast
 
 if TYPE_CHECKING:

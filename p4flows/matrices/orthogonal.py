@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from p4flows.linalg import add_product, compact_wy, multiply_transposed, newton_schulz, residual
+from p4flows.matrices.linear_algebra import (
+    add_product,
+    compact_wy,
+    multiply_transposed,
+    newton_schulz,
+    residual,
+)
 from p4flows.matrices.merge import Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
 from p4flows.matrices.precision import on_rows, without_autocast

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from p4flows.draws import Draw
+from p4flows.matrices.directions import Draw
 from p4flows.matrices.precision import is_autocast
 
 Gradients = tuple[Tensor | None, ...]

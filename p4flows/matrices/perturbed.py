@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, is_int
-from p4flows.draws import Draw, basis_columns, standard_normal
+from p4flows.matrices.directions import Draw, basis_columns, standard_normal
 from p4flows.matrices.error import MatrixError, error_of_state
 from p4flows.matrices.merge import (
     Merged,

@@ -3,7 +3,7 @@
 import pytest
 
 from p4flows import PerturbedMatrix
-from p4flows.attaching import driver_of
+from p4flows.merging.attaching import driver_of
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
 LIBRARIES_WARN = [

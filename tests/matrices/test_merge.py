@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from matrices.perturbing import KINDS, additive, perturb, set_factors
-from p4flows.linalg import capacitance
 from p4flows.matrices import InvertibleMatrix, MergeBounds
+from p4flows.matrices.linear_algebra import capacitance
 from p4flows.matrices.merge import merge_together
 
 FREE = MergeBounds(update=(-math.inf, math.inf))

@@ -8,7 +8,7 @@ import torch
 from nflows.flows.base import Flow
 from nflows.transforms.standard import PointwiseAffineTransform
 
-from p4flows.base_distribution import BaseNormal
+from p4flows.flows.base import BaseNormal
 
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
 

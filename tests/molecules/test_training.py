@@ -9,7 +9,7 @@ from nflows.transforms.base import CompositeTransform
 from nflows.transforms.standard import PointwiseAffineTransform
 
 from p4flows import MergeHook, fit, realnvp_flow
-from p4flows.base_distribution import BaseNormal
+from p4flows.flows.base import BaseNormal
 
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
 

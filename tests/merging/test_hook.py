@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import p4flows.merging
+import p4flows.merging.hook
 from p4flows import (
     InvertibleMatrix,
     MergeBounds,
@@ -16,8 +16,8 @@ from p4flows import (
     P4InvTransform,
     P4OrthogonalTransform,
 )
-from p4flows.attaching import driver_of
-from p4flows.merge_stats import MergeStats
+from p4flows.merging.attaching import driver_of
+from p4flows.merging.stats import MergeStats
 
 NEVER = MergeBounds(update=(20.0, 21.0))  # refuses whatever training does
 
@@ -151,7 +151,7 @@ def test_a_perturbation_that_is_not_finite_is_reset():
 
 def mixed():
     """Layers of three shapes, two dtypes and a batch; two of them large."""
-    large = p4flows.merging._STACK_UP_TO + 2
+    large = p4flows.merging.hook._STACK_UP_TO + 2
     return nn.ModuleList(
         [
             *(P4InvTransform(3, init="reverse") for _ in range(3)),
@@ -190,7 +190,7 @@ def test_matrices_of_one_shape_merge_together_as_they_would_alone(monkeypatch):
         assert attempted == 6 * batches
         attempted.clear()
         stats.append(hook.stats)
-        monkeypatch.setattr(p4flows.merging, "_STACK_UP_TO", 0)
+        monkeypatch.setattr(p4flows.merging.hook, "_STACK_UP_TO", 0)
     assert stats[0] == stats[1]
     assert (stats[0].reset, stats[0].forced, stats[0].skipped) == (1, 4, 8)
     assert stats[0].merged == 6 * 14 - 1 - 8

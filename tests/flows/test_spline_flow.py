@@ -8,7 +8,7 @@ import torch
 from nflows.transforms.lu import LULinear
 
 from p4flows import MergeHook, P4InvTransform, spline_flow
-from p4flows.base_distribution import BaseNormalUniform
+from p4flows.flows.base import BaseNormalUniform
 from p4flows.transforms import SplineCoupling
 
 FLOWS = {

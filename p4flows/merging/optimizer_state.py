@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from p4flows.linalg import inverse_small
+from p4flows.matrices.linear_algebra import inverse_small
 
 # What torch.optim starts an entry with where that is not zero, from the parameter's group.
 _INITIAL: dict[str, Callable[[dict[str, Any]], float]] = {

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from p4flows.draws import basis_columns, standard_normal
+from p4flows.matrices.directions import basis_columns, standard_normal
 
 COUNT = 100_000
 

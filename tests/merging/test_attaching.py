@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import p4flows.attaching
+import p4flows.merging.attaching
 from p4flows import InvertibleMatrix, MergeHook, NotMergedWarning, P4InvTransform
 
 
@@ -65,8 +65,8 @@ def test_an_optimizer_of_other_parameters_is_not_looked_at(monkeypatch):
     optimizer = sgd(other)
     train(other, optimizer, 1)
     # From here on a step costs one look-up, whatever is alive.
-    monkeypatch.setattr(p4flows.attaching, "held", None)
-    monkeypatch.setattr(p4flows.attaching, "living_matrices", None)
+    monkeypatch.setattr(p4flows.merging.attaching, "held", None)
+    monkeypatch.setattr(p4flows.merging.attaching, "living_matrices", None)
     train(other, optimizer, 3)
     assert (hook.stats.merged, layer.matrix.draws.item()) == (0, 1)
 
@@ -76,7 +76,7 @@ def test_a_step_of_other_parameters_costs_microseconds():
     optimizer.step()
     begin = time.perf_counter()
     for _ in range(1000):
-        p4flows.attaching._after_any_step(optimizer, (), {})
+        p4flows.merging.attaching._after_any_step(optimizer, (), {})
     assert (time.perf_counter() - begin) / 1000 < 50e-6
 
 
@@ -302,7 +302,7 @@ def test_a_shallow_copy_is_inactive():
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(p4flows.attaching, "_FORGOTTEN_AFTER", 10)
+    monkeypatch.setattr(p4flows.merging.attaching, "_FORGOTTEN_AFTER", 10)
 
 
 def heard(action):

@@ -235,7 +235,7 @@ def _flow(
     # Imported here because nflows' distributions import matplotlib.
     from nflows.flows.base import Flow
 
-    from p4flows.base_distribution import BaseNormal, BaseNormalUniform
+    from p4flows.flows.base import BaseNormal, BaseNormalUniform
 
     base = BaseNormalUniform(features, circular) if circular else BaseNormal(features)
     return Flow(transform, base, embedding_net)

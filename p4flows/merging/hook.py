@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from p4flows.arguments import check_module, check_positive_int
-from p4flows.attaching import drive, driver_of, held, release, unwrapped
-from p4flows.averaging import AverageWatch
-from p4flows.draws import Draw
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
+from p4flows.matrices.directions import Draw
 from p4flows.matrices.error import CONDITION_EPS
 from p4flows.matrices.merge import MergeReport, merge_together
-from p4flows.merge_stats import MergeStats
-from p4flows.optimizer_entry import OptimizerEntry
-from p4flows.optimizer_state import (
+from p4flows.merging.attaching import drive, driver_of, held, release, unwrapped
+from p4flows.merging.average import AverageWatch
+from p4flows.merging.optimizer_entry import OptimizerEntry
+from p4flows.merging.optimizer_state import (
     carry_momentum,
     restart_lbfgs,
     restart_momentum,
     restart_parameter,
 )
-from p4flows.ranks import Comparison, group_of, refuse_join, refuse_what_cannot_merge
+from p4flows.merging.processes import Comparison, group_of, refuse_join, refuse_what_cannot_merge
+from p4flows.merging.stats import MergeStats
 
 # A stack of small matrices merges in the time of one; copying large ones into a stack and back
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).

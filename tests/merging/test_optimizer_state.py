@@ -10,7 +10,7 @@ from torch import nn, optim
 
 from p4flows import MergeHook, P4InvTransform
 from p4flows.matrices import InvertibleMatrix
-from p4flows.optimizer_state import carry_momentum, restart_parameter
+from p4flows.merging.optimizer_state import carry_momentum, restart_parameter
 
 EVERY = 4
 PAPER = {"rank": 1, "perturbation": "additive"}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from p4flows.attaching import is_stepped
 from p4flows.matrices import InvertibleMatrix, PerturbedMatrix
 from p4flows.matrices.merge import probe, probe_tolerance, read_state, write_state
 from p4flows.matrices.perturbed import living_matrices
+from p4flows.merging.attaching import is_stepped
 
 
 class AveragedModel(swa_utils.AveragedModel):

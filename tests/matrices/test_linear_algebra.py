@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from p4flows.linalg import capacitance, inverse_small, residual, slogdet_small
+from p4flows.matrices.linear_algebra import capacitance, inverse_small, residual, slogdet_small
 
 SIZE = 6
 each_rank = pytest.mark.parametrize("rank", [1, 2, 3, 4])
