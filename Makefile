@@ -1,8 +1,9 @@
 PYTHON ?= python3
+BGFLOW ?= ../bgflow
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 figures test integrations oldest lint types docs dist bench stress clean
+.PHONY: help demo ala2 figures test integrations bgflow oldest lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,10 @@ test: lint types docs  ## lint, type check, site, doctests and tests
 integrations: .venv-integrations/.installed  ## P4 layers in the loops of other libraries, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -p no:randomly tests/integrations
 
+bgflow: .venv-bgflow/.installed  ## the tests with bgflow, of the checkout that BGFLOW names
+	@test -f "$(BGFLOW)/bgflow/__init__.py" || { echo "BGFLOW=$(BGFLOW) is no checkout of bgflow: docs/bgflow.md"; exit 1; }
+	BGFLOW="$(abspath $(BGFLOW))" OMP_NUM_THREADS=1 .venv-bgflow/bin/python -m pytest -p no:randomly tests/test_bgflow*.py
+
 oldest: .venv-oldest/.installed  ## the tests with the oldest torch, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
@@ -74,13 +79,18 @@ stress: .venv/.installed  ## try for ten minutes what may go wrong with the numb
 	.venv-integrations/bin/python -m pip install --disable-pip-version-check -e ".[integrations]"
 	@touch $@
 
+.venv-bgflow/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bgflow
+	.venv-bgflow/bin/python -m pip install --disable-pip-version-check -e ".[bgflow,molecules,dev]"
+	@touch $@
+
 .venv-oldest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check torch==2.4.0 -e ".[dev]"
 	@touch $@
 
 clean:  ## remove .venv, caches and builds; results/ stays
-	rm -rf .venv .venv-integrations .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-bgflow .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
