@@ -7,7 +7,7 @@ import torch
 from nflows.transforms.linear import Linear, LinearCache
 from torch import Tensor, nn
 
-from p4flows.arguments import check_like, check_positive_int, check_rows
+from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.matrices.precision import is_autocast
 
@@ -79,8 +79,7 @@ class PerturbedLinear(Linear):
             ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
-        if self._cache_applies():
-            self._check_like(inputs)
+        if self._cache_applies(inputs):
             outputs, logabsdet = super().forward(inputs)
             return outputs, logabsdet
         return self.forward_no_cache(inputs)
@@ -88,8 +87,7 @@ class PerturbedLinear(Linear):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x = Ã⁻¹ (y − b) and −ln|det Ã|; shapes, cost and errors as for `forward`."""
         check_rows(inputs, self.features)
-        if self._cache_applies():
-            self._check_like(inputs)
+        if self._cache_applies(inputs):
             self._check_inverse_cache()
             outputs = self._without_bias(inputs) @ self.cache.inverse.mT
             return outputs, -self.cache.logabsdet.repeat(len(inputs))
@@ -117,7 +115,7 @@ class PerturbedLinear(Linear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin anew, as just constructed, with a fresh seed; an `init` tensor is not kept."""
+        """Begin again, as just constructed, with a fresh seed; an `init` tensor is not kept."""
         self.matrix.reset_parameters()
         if self.bias is not None:
             self.bias.zero_()
@@ -126,17 +124,19 @@ class PerturbedLinear(Linear):
         """What `matrix` does not show already."""
         return f"bias={self.bias is not None}, using_cache={self.using_cache}"
 
-    def _check_like(self, inputs: Tensor) -> None:
-        check_like("inputs", inputs, (self.matrix.u.dtype,), self.matrix.u.device)
-
     def _without_bias(self, outputs: Tensor) -> Tensor:
         return outputs if self.bias is None else outputs - self.bias
 
-    def _cache_applies(self) -> bool:
+    def _cache_applies(self, inputs: Tensor) -> bool:
         if self.training or not self.using_cache or torch.compiler.is_compiling():
             return False
         frozen = self.matrix.frozen
-        if frozen.dtype != self.matrix.u.dtype or is_autocast(frozen.device.type):
+        if (
+            not inputs.dtype == frozen.dtype == self.matrix.u.dtype
+            or inputs.device != frozen.device
+        ):
+            return False
+        if is_autocast(frozen.device.type):
             return False
         # What was made in inference mode has no version by which a change could be noticed.
         if any(tensor.is_inference() for tensor in self._cached_tensors()):
@@ -145,11 +145,13 @@ class PerturbedLinear(Linear):
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
 
     def _check_forward_cache(self) -> None:
+        self.matrix._refresh()
         self.cache.follow(self._cached_tensors())
         with torch.no_grad():
             super()._check_forward_cache()
 
     def _check_inverse_cache(self) -> None:
+        self.matrix._refresh()
         self.cache.follow(self._cached_tensors())
         with torch.no_grad():
             super()._check_inverse_cache()
