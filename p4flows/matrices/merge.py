@@ -111,7 +111,7 @@ def merge_together(
     """
     first = matrices[0]
     for matrix in matrices:
-        matrix._refresh()
+        matrix._refresh(thorough=False)
     with full_precision(first.frozen.device):
         after, report = _merged(first, read_state(matrices), force, correct)
     before = {name: value.clone() for name, value in report.before.items()}

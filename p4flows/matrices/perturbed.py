@@ -488,10 +488,12 @@ class PerturbedMatrix(nn.Module, abc.ABC):
                 return False
         return bool(self._seen)
 
-    def _refresh(self) -> None:
-        """Derive again what no longer belongs to A."""
+    def _refresh(self, thorough: bool | None = None) -> None:
+        """Derive again what no longer belongs to A; thorough where it is not being trained."""
         is_seen = self._is_seen()
-        if (is_seen and self.training and torch.is_grad_enabled()) or self._is_out_of_reach():
+        if thorough is None:
+            thorough = not (self.training and torch.is_grad_enabled())
+        if (is_seen and not thorough) or self._is_out_of_reach():
             return
         # An average of weights is read without gradients, and may have been written through
         # `.data`, which versions do not show.

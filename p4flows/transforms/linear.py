@@ -1,6 +1,5 @@
 """Linear layers whose weight is a perturbed matrix, drop-ins for nflows' `LULinear`."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
+from p4flows.matrices.derived import sample
 from p4flows.matrices.precision import is_autocast
 
 
@@ -20,12 +20,15 @@ class _Cache(LinearCache):
         self._key: tuple[Any, ...] = ()
         self._storages: list[torch.UntypedStorage] = []
 
-    def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Empty the cache when any of the tensors was replaced or written to."""
-        tensors = list(tensors)
+    def follow(self, matrix: PerturbedMatrix) -> None:
+        """Empty the cache when the matrix is another one."""
+        matrix._refresh()
+        tensors = [*matrix.parameters(), *matrix.buffers()]
         key = (
             # What is cached in inference mode cannot be used outside of it.
             torch.is_inference_mode_enabled(),
+            # Averages of weights write through `.data`, which versions do not show.
+            sample([matrix.u, matrix.v]),
             *((t.data_ptr(), t._version) for t in tensors),
         )
         if key != self._key:
@@ -49,9 +52,8 @@ class PerturbedLinear(Linear):
         matrix: the weight; its `batch_shape` is `()`.
         bias: whether to add a trainable b.
         using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
-            matrix product for a batch. The cache notices merges, optimizer steps, `.to()` and
-            `load_state_dict`, and everything else that torch counts as a write. It does not see
-            writes through `.data`, which torch hides: call `cache.invalidate()` after them.
+            matrix product for a batch. The cache notices merges, optimizer steps, `.to()`,
+            `load_state_dict` and every other write.
     """
 
     matrix: PerturbedMatrix
@@ -145,14 +147,12 @@ class PerturbedLinear(Linear):
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
 
     def _check_forward_cache(self) -> None:
-        self.matrix._refresh()
-        self.cache.follow(self._cached_tensors())
+        self.cache.follow(self.matrix)
         with torch.no_grad():
             super()._check_forward_cache()
 
     def _check_inverse_cache(self) -> None:
-        self.matrix._refresh()
-        self.cache.follow(self._cached_tensors())
+        self.cache.follow(self.matrix)
         with torch.no_grad():
             super()._check_inverse_cache()
 
