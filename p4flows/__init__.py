@@ -9,7 +9,6 @@ from p4flows.merging.attaching import NotMergedWarning
 from p4flows.merging.average import AveragedModel, ElementwiseAverageWarning
 from p4flows.merging.hook import MergeHook
 from p4flows.parametrize import invertible, orthogonal
-from p4flows.training import fit
 
 if TYPE_CHECKING:
     from p4flows.flows.base import BaseNormal
@@ -42,7 +41,6 @@ __all__ = [
     "PerturbedMatrix",
     "bent_stacked_flow",
     "diagnose",
-    "fit",
     "invertible",
     "orthogonal",
     "plain",

@@ -116,6 +116,13 @@ class FlowModule(lightning.LightningModule):
         self.best: dict[str, Tensor] | None = None
         self._sums: list[tuple[Tensor, int]] = []
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes here which hook it calls, many times a step, and nn.Module takes long.
+        if name == "_current_fx_name":
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)
+
     @property
     def evaluated(self) -> nn.Module:
         """The average where there is one, else the flow."""
@@ -462,8 +469,8 @@ def _settings(module: FlowModule, data: Any, given: dict[str, Any]) -> dict[str,
     optimizer = module.optimizer([nn.Parameter(torch.zeros(1))], lr=module.learning_rate)
     found["optimizer"], found["hook"] = type(optimizer).__name__, repr(module.hook)
     found |= {f"optimizer.{name}": repr(value) for name, value in optimizer.defaults.items()}
-    for name, value in (("loss", module.loss), ("schedule", module.schedule)):
-        found[name] = getattr(value, "__qualname__", str(value))
+    found["loss"] = getattr(module.loss, "__qualname__", type(module.loss).__name__)
+    found["schedule"] = getattr(module.schedule, "__qualname__", str(module.schedule))
     return found
 
 

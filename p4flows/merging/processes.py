@@ -1,6 +1,6 @@
 """Several processes that train the same module: what has to be equal on all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -149,36 +149,3 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     flat = flat.double()
     weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
     return torch.dot(flat, torch.sin(weights))
-
-
-@torch.no_grad()
-def spread(module: nn.Module, group: "dist.ProcessGroup") -> None:
-    """Give every process the parameters and buffers of the first.
-
-    Args:
-        module: of the same structure on all of them.
-        group: the processes.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group)
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], group: "dist.ProcessGroup") -> None:
-    """Replace gradients by their mean over the processes, by one reduction for each dtype.
-
-    Args:
-        parameters: those without a gradient are left out; it is missing on all processes or none.
-        group: the processes.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, dist.ReduceOp.SUM, group)
-        flat /= dist.get_world_size(group)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
