@@ -328,10 +328,13 @@ def _write(path: Path, content: Any) -> None:
         raise OSError(error.errno, message) from error
 
 
-def _newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint in a folder, or in a file; None where there is nothing."""
-    candidates = [path] if path.is_file() else [path / "last.ckpt", path / "previous.ckpt"]
-    found = [each for each in candidates if each.exists()]
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint in a folder; None where there is nothing."""
+    return _first_whole([folder / "last.ckpt", folder / "previous.ckpt"])
+
+
+def _first_whole(files: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
+    found = [file for file in files if file.exists()]
     for file in found:
         try:
             with zipfile.ZipFile(file) as archive:  # knows checksums, which torch.load ignores
@@ -343,7 +346,7 @@ def _newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
             pass
         warnings.warn(f"{file} is damaged: the checkpoint before it is used", stacklevel=3)
     if found:
-        raise ValueError(f"{path} is damaged and has no whole checkpoint before it")
+        raise ValueError(f"{found[-1]} is damaged and has no whole checkpoint before it")
     return None
 
 
@@ -538,8 +541,10 @@ def _is_finished(found: Any, settings: dict[str, str], may_go_on: bool) -> bool:
     if changed:
         named = ", ".join(f"{x} was {before.get(x)} and is {settings.get(x)}" for x in changed[:4])
         raise ValueError(f"{file} cannot go on as it was: {named}; {len(changed)} differ in all")
-    reached = int(state["global_step"]) >= int(settings["max_steps"].replace("None", "0") or 0) > 0
-    return reached or bool(kept["stopped"] and not limits)
+    for name, done in (("max_steps", "global_step"), ("max_epochs", "epoch")):
+        if settings[name] != "None" and state[done] >= int(settings[name]):
+            return True
+    return bool(kept["stopped"] and not limits)
 
 
 @contextlib.contextmanager
@@ -578,7 +583,8 @@ def load_flow(checkpoint: str | os.PathLike[str], flow: AnyFlow) -> AnyFlow:
         FileNotFoundError: when there is no checkpoint.
         ValueError: when it is damaged.
     """
-    found = _newest(Path(checkpoint))
+    path = Path(checkpoint)
+    found = _first_whole([path]) if path.is_file() else _newest(path)
     if found is None:
         raise FileNotFoundError(f"{checkpoint} has no checkpoint")
     best = found[1]["p4flows"]["best"]
@@ -700,7 +706,12 @@ def fit(
     module.total_steps = max_steps or epochs * length
     keeper = _Keeper(folder, checkpoint_every, max_steps, epochs, loader)
     if folder is not None:
-        given |= {**limits, "seed": seed, "average": options.get("average")}
+        given |= {
+            **limits,
+            "standardize": standardize,
+            "seed": seed,
+            "average": options.get("average"),
+        }
         sources = {"data": loader if rows is None else rows, "validation": held_out}
         keeper.settings = _settings(module, sources, given)
         _write(folder / "last.ckpt", b"")  # the first step shall not be lost to a full disk
