@@ -151,7 +151,7 @@ class FlowModule(lightning.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch; logged as "loss"."""
         self._loss = loss = self.loss(self.flow, batch)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("loss", loss.detach(), prog_bar=True, batch_size=1)
         return loss
 
@@ -674,7 +674,8 @@ def fit(
     if share and not 0.0 <= (validation or 0.0) < 1.0:
         raise ValueError(f"validation must be a share in [0, 1), got {validation}")
     held_out = None if share else _rows_of("validation", validation, flow) or validation
-    loader = rows = _rows_of("data", data, flow)
+    rows = _rows_of("data", data, flow)
+    loader: Any = data
     if rows is not None:
         if share and validation:
             order = torch.randperm(len(rows[0]), generator=torch.Generator().manual_seed(seed))
@@ -693,8 +694,6 @@ def fit(
             "data must be rows, (rows, context), a DataLoader or a function of a generator, got "
             f"{type(data).__name__}"
         )
-    else:
-        loader = data
     if folder is not None and getattr(data, "persistent_workers", False):
         raise ValueError("persistent_workers=True of the DataLoader cannot be resumed exactly")
     if patience is not None and held_out is None:
