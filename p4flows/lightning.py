@@ -192,7 +192,7 @@ class FlowModule(lightning.LightningModule):
         losses, rows = zip(*self._sums, strict=True)
         self._sums = []
         mean = self.trainer.strategy.reduce(torch.stack(losses).sum() / sum(rows), reduce_op="mean")
-        self.log("validation", mean, prog_bar=True, batch_size=1)
+        self.log("validation", mean, prog_bar=True, batch_size=1, sync_dist=True)
         value, step = float(mean), self.global_step
         if self.trainer.sanity_checking:
             return

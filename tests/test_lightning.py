@@ -1,5 +1,6 @@
 """Training by Lightning: exact resume, whole checkpoints, errors that say what to do."""
 
+import functools
 import itertools
 import math
 import os
@@ -328,6 +329,20 @@ def test_a_gaussian_is_learnt_from_rows(convert):
     assert -flow.log_prob(rows).mean().item() == pytest.approx(entropy.item(), abs=0.02)
     assert result.merges["merged"] == 40 * 7 // 50
     assert not flow.training
+
+
+def test_lbfgs_takes_all_evaluations_of_a_step_from_one_batch():
+    rows = torch.randn(400, 2) @ torch.tensor([[2.0, 0.0], [1.0, 0.5]]) + 3.0
+    flow = Flow(P4InvTransform(2), StandardNormal([2]))
+    optimizer = functools.partial(torch.optim.LBFGS, max_iter=5)
+    options = {"optimizer": optimizer, "learning_rate": 0.5, "schedule": None, "progress": False}
+    hook = MergeHook(flow, every=5)
+    flow, result = fit(
+        flow, rows, validation=None, batch_size=400, max_steps=20, hook=hook, **options
+    )
+    entropy = 0.5 * torch.logdet(2 * torch.pi * torch.e * torch.cov(rows.T))
+    assert -flow.log_prob(rows).mean().item() == pytest.approx(entropy.item(), abs=0.02)
+    assert len(result.train) == 20 and result.merges["merged"] == 4
 
 
 def test_rows_may_have_a_context():
