@@ -705,22 +705,13 @@ def fit(
     module.total_steps = max_steps or epochs * length
     keeper = _Keeper(folder, checkpoint_every, max_steps, epochs, loader)
     if folder is not None:
-        given |= {
-            **limits,
-            "standardize": standardize,
-            "seed": seed,
-            "average": options.get("average"),
-        }
+        given |= {"standardize": standardize, "seed": seed, "average": options.get("average")}
         sources = {"data": loader if rows is None else rows, "validation": held_out}
-        keeper.settings = _settings(module, sources, given)
-        _write(folder / "last.ckpt", b"")  # the first step shall not be lost to a full disk
-    finished = False
-    if found is not None:
-        finished = _is_finished(found, keeper.settings, module.schedule is None)
-    if found is not None and finished:
-        module.on_load_checkpoint(found[1])
-        best, merges = found[1]["p4flows"]["best"], found[1]["p4flows"]["merges"]
-        seconds, stopped = kept["seconds"], f"already at step {found[1]['global_step']}"
+        keeper.settings = _settings(module, sources, {**limits, **given})
+        _write(folder / "last.ckpt", b"")  # or steps are lost to a disk that takes nothing
+    if found is not None and _is_finished(found, keeper.settings, module.schedule is None):
+        state = found[1]
+        keeper.seconds, keeper.stopped = kept["seconds"], f"already at step {state['global_step']}"
     else:
         own: list[Callback] = [keeper]
         if patience is not None:
@@ -748,18 +739,12 @@ def fit(
                 None if held_out is None else _in_batches(held_out),
                 ckpt_path=None if found is None else found[0],
             )
-        best = module.best or module.evaluated.state_dict()
-        merges = None if module.hook is None else dict(module.hook.stats)
-        seconds, stopped = keeper.seconds, keeper.stopped
+        state = {}
+        module.on_save_checkpoint(state)
         flow.to(device)
-    flow.load_state_dict(best)
-    validations = module.validations
-    result = FitResult(
-        train=torch.tensor(module.losses, dtype=torch.float64),
-        validation=torch.tensor([loss for _, loss in validations], dtype=torch.float64),
-        validation_steps=torch.tensor([step for step, _ in validations], dtype=torch.int64),
-        seconds=seconds,
-        stopped=stopped,
-        merges=merges,
-    )
-    return flow.eval(), result
+    saved = state["p4flows"]
+    flow.load_state_dict(saved["best"])
+    steps = torch.tensor([step for step, _ in saved["validations"]], dtype=torch.int64)
+    losses = torch.tensor([loss for _, loss in saved["validations"]], dtype=torch.float64)
+    end = keeper.seconds, keeper.stopped, saved["merges"]
+    return flow.eval(), FitResult(saved["losses"], losses, steps, *end)

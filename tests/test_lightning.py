@@ -92,8 +92,8 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("options", [{}, {"max_epochs": 3, "average": 0.9}], ids=["", "average"])
-@pytest.mark.parametrize("stop_at", [3, 5, 6, 8, 10, 11])
-@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("stop_at", [3, 5, 8, 10])
+@pytest.mark.parametrize("kind", SOURCES)  # batches of 5, 4, 4 and 4 an epoch
 def test_a_resumed_run_ends_as_an_uninterrupted_one(kind, stop_at, options, tmp_path):
     if kind.startswith("loader") and stop_at < 5:
         pytest.skip("saved at the ends of epochs")
