@@ -1,13 +1,14 @@
 PYTHON ?= python3
+BGFLOW ?= ../bgflow
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 figures test integrations oldest lint types docs dist bench stress clean
+.PHONY: help demo ala2 figures test coverage integrations bgflow oldest lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.installed  ## learn a checkerboard and draw it, two minutes
+demo: .venv/.examples  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
 
 ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
@@ -37,15 +38,23 @@ figures: .venv/.installed  ## tables and figures again, from the records under r
 test: lint types docs  ## lint, type check, site, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+coverage: .venv/.installed  ## the tests again, and what they do not reach
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing
+
 integrations: .venv-integrations/.installed  ## P4 layers in the loops of other libraries, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest -p no:randomly tests/integrations
+
+bgflow: .venv-bgflow/.installed  ## the tests with bgflow, of the checkout that BGFLOW names
+	@test -f "$(BGFLOW)/bgflow/__init__.py" || { echo "BGFLOW=$(BGFLOW) is no checkout of bgflow: docs/bgflow.md"; exit 1; }
+	BGFLOW="$(abspath $(BGFLOW))" OMP_NUM_THREADS=1 .venv-bgflow/bin/python -m pytest -p no:randomly tests/test_bgflow*.py
 
 oldest: .venv-oldest/.installed  ## the tests with the oldest torch, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2
 
-lint: .venv/.installed  ## ruff (rules and format) and the direction of imports
+lint: .venv/.installed  ## ruff (rules and format), spelling and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
 	$(BIN)/lint-imports
 
 types: .venv/.installed  ## mypy on the package
@@ -54,11 +63,12 @@ types: .venv/.installed  ## mypy on the package
 docs: .venv/.installed  ## the site, in docs/_build; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build
 
-dist: .venv/.installed  ## wheel and sdist, checked and imported in an empty environment
-	rm -rf dist build/empty
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet build twine
-	$(BIN)/python -m build --outdir dist
-	$(BIN)/python -m twine check --strict dist/*
+dist:  ## wheel and sdist, checked and imported in an empty environment
+	rm -rf dist build
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --disable-pip-version-check --quiet build twine
+	build/tools/bin/python -m build --outdir dist
+	build/tools/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --disable-pip-version-check --quiet dist/*.whl -c constraints.txt
 	cd build && empty/bin/python -c "import p4flows; print(p4flows.P4InvTransform(3), p4flows.__file__)"
@@ -74,18 +84,28 @@ stress: .venv/.installed  ## try for ten minutes what may go wrong with the numb
 	.venv-integrations/bin/python -m pip install --disable-pip-version-check -e ".[integrations]"
 	@touch $@
 
+.venv-bgflow/.installed: pyproject.toml
+	$(PYTHON) -m venv --upgrade-deps .venv-bgflow
+	.venv-bgflow/bin/python -m pip install --disable-pip-version-check -e ".[bgflow,molecules]" --group test
+	@touch $@
+
 .venv-oldest/.installed: pyproject.toml
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --disable-pip-version-check torch==2.4.0 -e ".[dev]"
+	$(PYTHON) -m venv --upgrade-deps .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check torch==2.4.0 -e . --group test
 	@touch $@
 
 clean:  ## remove .venv, caches and builds; results/ stays
-	rm -rf .venv .venv-integrations .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-integrations .venv-bgflow .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed: pyproject.toml constraints.txt
+# The demo needs little of what the tests do; pip has --group since 25.1.
+.venv/.examples: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
 	'p4flows needs Python 3.11 or newer: make PYTHON=python3.12')"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev,docs,examples,molecules]" -c constraints.txt
+	$(PYTHON) -m venv --upgrade-deps .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[examples]" -c constraints.txt
+	@touch $@
+
+.venv/.installed: .venv/.examples
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[examples,molecules]" --group dev -c constraints.txt
 	@touch $@

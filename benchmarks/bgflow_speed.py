@@ -18,18 +18,28 @@ from timing import Timing, interleaved
 from torch import nn
 from torch.optim import Adam
 
-import p4flows
 from p4flows import MergeHook
-from p4flows.bgflow import BentStackFlow, P4InvFlow, as_flow, realnvp_flow
+from p4flows.bgflow import BentStackFlow, P4InvFlow, realnvp_flow
 
 
-def theirs_realnvp() -> nn.Module:
-    return bgflow.SequentialFlow(
-        [
-            bgflow.InvertiblePPPP(60, init="reverse") if isinstance(layer, P4InvFlow) else layer
-            for layer in realnvp_flow(60, blocks=25)
-        ]
-    )
+def their_layer() -> nn.Module:
+    return bgflow.InvertiblePPPP(60, init="reverse")
+
+
+def our_layer() -> nn.Module:
+    return P4InvFlow(60, init="reverse", rank=1, perturbation="additive")
+
+
+def their_realnvp(layer: Callable[[], nn.Module]) -> nn.Module:
+    """bgflow's couplings, in the architecture of `realnvp_flow(60, 25)`."""
+    layers: list[nn.Module] = []
+    for _ in range(50):
+        shift, scale = (
+            bgflow.DenseNet((30, 60, 60, 30), activation()) for activation in (nn.ReLU, nn.Tanh)
+        )
+        coupling = bgflow.CouplingFlow(bgflow.AffineTransformer(shift, scale))
+        layers += [bgflow.SplitFlow(30), coupling, bgflow.MergeFlow(30), layer()]
+    return bgflow.SequentialFlow(layers)
 
 
 def theirs_bent_stack() -> nn.Module:
@@ -58,13 +68,13 @@ CASES = {
     ),
     "RealNVP, n = 60, 25 blocks": Case(
         (256, 60),
-        lambda: as_flow(p4flows.realnvp_flow(60, blocks=25)._transform),
-        theirs_realnvp,
+        lambda: realnvp_flow(60, blocks=25, paper=True),
+        lambda: their_realnvp(their_layer),
     ),
     "RealNVP of bgflow's couplings, n = 60, 25 blocks": Case(
         (256, 60),
-        lambda: realnvp_flow(60, blocks=25),
-        theirs_realnvp,
+        lambda: their_realnvp(our_layer),
+        lambda: their_realnvp(their_layer),
     ),
     "P4Inv and Bent identities, n = 2, 100 blocks": Case(
         (200, 2),

@@ -1,10 +1,10 @@
-"""Boltzmann generators of alanine dipeptide, of bgflow's own parts (paper, Section 4.3).
+"""Boltzmann generators of alanine dipeptide in bgflow (paper, Section 4.3).
 
     python examples/alanine_dipeptide_bgflow.py --preset quick
 
 The experiment of examples/alanine_dipeptide.py, whose data, figure and table it shares, with
-bgflow's MixedCoordinateTransformation, OpenMMEnergy, BoltzmannGenerator and KLTrainer around the P4
-layers of this library. Needs bgflow; docs/bgflow.md has the command that installs it.
+bgflow's MixedCoordinateTransformation, OpenMMEnergy, BoltzmannGenerator and KLTrainer around the
+flow of this library. Needs bgflow; docs/bgflow.md has the command that installs it.
 """
 
 import math
@@ -53,7 +53,7 @@ from torch.distributions import AffineTransform
 from tqdm.auto import tqdm
 
 from p4flows import MergeHook
-from p4flows.bgflow import as_transform, realnvp_flow
+from p4flows.bgflow import FlowTransform, realnvp_flow
 from p4flows.flows.base import BaseNormal
 from p4flows.molecules import MixedCoordinateTransform
 
@@ -145,7 +145,7 @@ class BgflowProblem(Problem):
         theirs = bgflow_coordinates(ours, self.frames)
         self.comparison = compare(ours, theirs, self.frames[:SAMPLES])
         self.layers = standardised(theirs, self.frames, ours.cuts / (2.0 * math.pi) + 0.5)
-        self.coordinates = as_transform(InverseFlow(self.layers))
+        self.coordinates = FlowTransform(InverseFlow(self.layers))
         self.features = self.coordinates(self.frames)[0]
         integrator = openmm.LangevinIntegrator(TEMPERATURE, 1.0, 0.001)
         bridge = OpenMMBridge(self.molecule.system, integrator, "Reference", n_workers=1)
@@ -158,14 +158,14 @@ def train(
     """Both stages of training; the record and the last samples."""
     torch.manual_seed(seed)
     prior = NormalDistribution(60)
-    flow = realnvp_flow(60, 25, swap="p4" if model == "p4inv" else "permutation")
+    flow = realnvp_flow(60, 25, swap="p4" if model == "p4inv" else "permutation", paper=True)
     highest_seen = problem.reference_energies.max().item()
     target = LinLogCutEnergy(problem.target, high_energy=highest_seen + 10.0, max_energy=1e20)
     # The coordinates have no parameters: without energies, features are all that is needed.
     of_features = BoltzmannGenerator(prior, flow, target=None)
     of_positions = BoltzmannGenerator(prior, SequentialFlow([flow, problem.layers]), target)
     # Data → noise is forward in nflows.
-    density = NflowsFlow(as_transform(InverseFlow(flow)), BaseNormal(60))
+    density = NflowsFlow(FlowTransform(InverseFlow(flow)), BaseNormal(60))
     record: dict[str, Any] = {
         "model": MODELS[model].title,
         "seed": seed,

@@ -28,7 +28,7 @@ class Model:
 
 def affine_flow(swap: Swap, rank: int = 1) -> Flow:
     """Appendix H: 25 blocks of two affine couplings with nets of two hidden layers of 60."""
-    return realnvp_flow(FEATURES, 25, swap=swap, rank=rank)
+    return realnvp_flow(FEATURES, 25, swap=swap, rank=rank, perturbation="additive")
 
 
 def spline_flow(swap: Swap, rank: int = 1, blocks: int = 4, hidden: int = 64) -> Flow:

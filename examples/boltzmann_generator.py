@@ -257,7 +257,7 @@ def main() -> None:
     """Run a preset and write its figure and table."""
     parser = command_line(__doc__, "results/boltzmann_generator", PRESETS)
     parser.add_argument(
-        "--swap", choices=("p4", "lu", "permutation", "halves"), default="p4", help="see the docs"
+        "--swap", choices=("p4", "lu", "random-halves", "halves"), default="p4", help="see the docs"
     )
     arguments = parser.parse_args()
     job = arguments.preset, arguments.swap, arguments.seed, arguments.output

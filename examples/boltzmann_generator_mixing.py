@@ -1,4 +1,4 @@
-"""P4Inv layers against a fixed random permutation, LULinear and swaps in one and the same flow.
+"""P4Inv layers against LULinear, halves drawn at random and swaps in one and the same flow.
 
     python examples/boltzmann_generator_mixing.py
 
@@ -18,7 +18,7 @@ from experiment import Record, command_line, publish, table, there
 SWAPS = {
     "p4": "P4Inv",
     "lu": "LULinear",
-    "permutation": "random permutation",
+    "random-halves": "random halves",
     "halves": "swaps",
 }
 

@@ -73,9 +73,9 @@ def realnvp() -> nn.Module:
 
 MODELS = {
     "realnvp": Model("RealNVP", realnvp),
-    "p4inv": Model("P4Inv", lambda: bent_stacked_flow(2, 100), every=10),
+    "p4inv": Model("P4Inv", lambda: bent_stacked_flow(2, 100, paper=True), every=10),
     "tuned": Model(
-        "P4Inv, tuned", lambda: bent_stacked_flow(2, 100), every=200, learning_rate=1e-2
+        "P4Inv, tuned", lambda: bent_stacked_flow(2, 100, paper=True), every=200, learning_rate=1e-2
     ),
 }
 

@@ -12,8 +12,9 @@ from p4flows.parametrize import invertible, orthogonal
 
 if TYPE_CHECKING:
     from p4flows.flows.base import BaseNormal
-    from p4flows.flows.builders import bent_stacked_flow, realnvp_flow, spline_flow
     from p4flows.flows.conversion import plain, swap_linear
+    from p4flows.flows.paper import bent_stacked_flow, realnvp_flow
+    from p4flows.flows.spline import spline_flow
     from p4flows.transforms import (
         BentIdentity,
         BentStack,
@@ -52,8 +53,9 @@ __all__ = [
 # along, and a weight of an nn.Linear does not.
 _NEED_NFLOWS = {
     "flows.base": ("BaseNormal",),
-    "flows.builders": ("bent_stacked_flow", "realnvp_flow", "spline_flow"),
     "flows.conversion": ("plain", "swap_linear"),
+    "flows.paper": ("bent_stacked_flow", "realnvp_flow"),
+    "flows.spline": ("spline_flow",),
     "transforms": (
         "BentIdentity",
         "BentStack",

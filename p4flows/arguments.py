@@ -54,7 +54,7 @@ def check_module(module: object) -> None:
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
 
 
-def check_floating(inputs: torch.Tensor) -> None:
+def check_floating(inputs: object) -> None:
     """Refuse what is not a floating-point tensor with a batch dimension.
 
     Args:

@@ -8,30 +8,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from nflows.transforms.base import Transform
+from nflows.transforms.linear import Linear
 from torch import Tensor, nn
 
-from p4flows.arguments import check_floating, check_positive_int
-from p4flows.transforms import BentIdentity, BentStack, P4InvTransform, P4OrthogonalTransform
+from p4flows import flows
+from p4flows.arguments import check_floating
+from p4flows.matrices import MergeBounds
+from p4flows.transforms import BentIdentity, BentStack, P4InvTransform
 
 try:
-    from bgflow import (
-        AffineTransformer,
-        CouplingFlow,
-        DenseNet,
-        Flow,
-        MergeFlow,
-        SequentialFlow,
-        SplitFlow,
-        SwapFlow,
-    )
+    from bgflow import Flow
 except (ImportError, AttributeError) as error:  # AttributeError: a constant that NumPy 2 removed
     raise ImportError(
         "p4flows.bgflow needs bgflow and numpy < 2: docs/bgflow.md has the command to install them"
     ) from error
 
+Perturbation = Literal["relative", "additive"]
+
 
 class TransformFlow(Flow):
-    """An nflows Transform of rows as a bgflow Flow, by its other name `as_flow`.
+    """An nflows Transform of rows as a bgflow Flow.
 
     It maps tensors of shape `(..., n)`, with dlogp of shape `(..., 1)`. A context of shape
     `(..., m)` is given as `flow(x, context=context)`, through a SequentialFlow as well.
@@ -50,7 +46,7 @@ class TransformFlow(Flow):
     Example:
         >>> import torch
         >>> from nflows.transforms import LULinear
-        >>> y, dlogp = as_flow(LULinear(3))(torch.randn(5, 2, 3))
+        >>> y, dlogp = TransformFlow(LULinear(3))(torch.randn(5, 2, 3))
         >>> y.shape, dlogp.shape
         (torch.Size([5, 2, 3]), torch.Size([5, 2, 1]))
     """
@@ -97,11 +93,8 @@ def _apply_to_rows(
     return outputs.reshape(*batch, outputs.shape[-1]), logabsdet.reshape(*batch, 1)
 
 
-as_flow = TransformFlow
-
-
 class FlowTransform(Transform):
-    """A bgflow Flow of a single tensor as an nflows Transform, by its other name `as_transform`.
+    """A bgflow Flow of a single tensor as an nflows Transform.
 
     It maps inputs of shape `(N, ..., n)`, with logabsdet of shape `(N,)`. A context is handed on as
     the keyword `context`, which bgflow's own layers ignore.
@@ -120,7 +113,7 @@ class FlowTransform(Transform):
 
     Example:
         >>> import torch
-        >>> outputs, logabsdet = as_transform(P4InvFlow(3))(torch.randn(5, 3))
+        >>> outputs, logabsdet = FlowTransform(P4InvFlow(3))(torch.randn(5, 3))
         >>> outputs.shape, logabsdet.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
@@ -153,15 +146,17 @@ class FlowTransform(Transform):
         return outputs[0], dlogp.flatten(1).sum(-1)
 
 
-as_transform = FlowTransform
-
-
 class P4InvFlow(TransformFlow):
     """Linear layer y = Ã x + b with a free invertible matrix, in place of bgflow's InvertiblePPPP.
 
     Args:
         dim: n.
-        **options: those of `P4InvTransform`, which refuses what does not fit.
+        rank: number of columns of u and v; None is the default of `P4InvTransform`.
+        init: "identity", "reverse", a matrix, or an nflows `Linear`.
+        bias: whether to add a trainable b.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        bounds: when a merge is accepted.
+        perturbation: "relative" or "additive"; see `P4InvTransform`.
 
     Example:
         >>> import torch
@@ -173,26 +168,27 @@ class P4InvFlow(TransformFlow):
         [1.0, 2.0, 3.0]
     """
 
-    def __init__(self, dim: int, **options: Any) -> None:
-        super().__init__(P4InvTransform(dim, **options))
-
-
-class P4OrthogonalFlow(TransformFlow):
-    """Linear layer y = Ã x + b with an orthogonal matrix; ln|det| is 0.
-
-    Args:
-        dim: n.
-        **options: those of `P4OrthogonalTransform`, which refuses what does not fit.
-
-    Example:
-        >>> import torch
-        >>> y, dlogp = P4OrthogonalFlow(3, init="reverse")(torch.tensor([1.0, 2.0, 3.0]))
-        >>> y.tolist(), dlogp.tolist()
-        ([3.0, 2.0, 1.0], [0.0])
-    """
-
-    def __init__(self, dim: int, **options: Any) -> None:
-        super().__init__(P4OrthogonalTransform(dim, **options))
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rank: int | None = None,
+        init: str | Tensor | Linear = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+        bounds: MergeBounds = MergeBounds(),
+        perturbation: Perturbation = "relative",
+    ) -> None:
+        layer = P4InvTransform(
+            dim,
+            rank=rank,
+            init=init,
+            bias=bias,
+            using_cache=using_cache,
+            bounds=bounds,
+            perturbation=perturbation,
+        )
+        super().__init__(layer)
 
 
 class BentIdentityFlow(TransformFlow):
@@ -215,7 +211,9 @@ class BentStackFlow(TransformFlow):
     Args:
         dim: n.
         blocks: number of blocks.
-        **options: those of `BentStack`, which refuses what does not fit.
+        rank: number of columns of u and v; None is the default of `BentStack`.
+        bounds: when a merge is accepted.
+        perturbation: "relative" or "additive"; see `BentStack`.
 
     Example:
         >>> flow = BentStackFlow(2, blocks=100, rank=1, perturbation="additive")
@@ -223,8 +221,18 @@ class BentStackFlow(TransformFlow):
         1200
     """
 
-    def __init__(self, dim: int, blocks: int, **options: Any) -> None:
-        super().__init__(BentStack(dim, blocks, **options))
+    def __init__(
+        self,
+        dim: int,
+        blocks: int,
+        *,
+        rank: int | None = None,
+        bounds: MergeBounds = MergeBounds(),
+        perturbation: Perturbation = "relative",
+    ) -> None:
+        super().__init__(
+            BentStack(dim, blocks, rank=rank, bounds=bounds, perturbation=perturbation)
+        )
 
 
 def realnvp_flow(
@@ -233,40 +241,32 @@ def realnvp_flow(
     hidden: Sequence[int] = (60, 60),
     swap: Literal["p4", "permutation"] = "p4",
     *,
-    rank: int | None = 1,
-    perturbation: Literal["relative", "additive"] = "additive",
+    paper: bool = False,
+    rank: int | None = None,
+    perturbation: Perturbation | None = None,
     shift_activation: type[nn.Module] = nn.ReLU,
     scale_activation: type[nn.Module] = nn.Tanh,
-) -> SequentialFlow:
-    """RealNVP of bgflow's own parts, channels mixed by P4Inv layers or swapped (Figure 7).
+    context_features: int = 0,
+) -> TransformFlow:
+    """The transform of `p4flows.realnvp_flow`, which says what the arguments are, as a Flow.
 
-    The flow of `p4flows.realnvp_flow`, which says what the arguments are and what is refused: with
-    the same weights, whose order is the same, both have the same forward and inverse direction.
-    Conditional ones are those of nflows, by `as_flow`.
+    Forward is data → noise, as it is there.
 
     Example:
-        >>> flow = realnvp_flow(60, 25)
+        >>> flow = realnvp_flow(60, 25, paper=True)
         >>> sum(p.numel() for p in flow.parameters()) == 735_050 + 9_000
         True
     """
-    check_positive_int("dim", dim)
-    check_positive_int("blocks", blocks)
-    if dim < 2:
-        raise ValueError(f"dim must be at least 2 to be split, got {dim}")
-    if swap not in ("p4", "permutation"):
-        raise ValueError(f"swap must be 'p4' or 'permutation', got {swap!r}")
-    first = (dim + 1) // 2
-    widths = (first, *hidden, dim - first)
-    layers: list[Flow] = []
-    for _ in range(2 * blocks):
-        transformer = AffineTransformer(
-            shift_transformation=DenseNet(widths, shift_activation()),
-            scale_transformation=DenseNet(widths, scale_activation()),
-        )
-        layers += [SplitFlow(first), CouplingFlow(transformer)]
-        if swap == "p4":
-            mixing = P4InvFlow(dim, rank=rank, init="reverse", perturbation=perturbation)
-            layers += [MergeFlow(first), mixing]
-        else:
-            layers += [SwapFlow(), MergeFlow(dim - first)]
-    return SequentialFlow(layers)
+    flow = flows.realnvp_flow(
+        dim,
+        blocks,
+        hidden,
+        swap,
+        paper=paper,
+        rank=rank,
+        perturbation=perturbation,
+        shift_activation=shift_activation,
+        scale_activation=scale_activation,
+        context_features=context_features,
+    )
+    return TransformFlow(flow._transform)

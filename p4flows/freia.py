@@ -1,10 +1,12 @@
 """P4 layers as FrEIA's invertible modules."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from nflows.transforms.linear import Linear
 from torch import Tensor
 
+from p4flows.matrices import MergeBounds
 from p4flows.transforms import P4InvTransform, P4OneByOneConvolution
 
 try:
@@ -21,7 +23,12 @@ class P4Module(InvertibleModule):
     Args:
         dims_in: one shape without the batch, `[(features,)]` or `[(channels, height, width)]`.
         dims_c: shapes of conditions, which are ignored.
-        **options: those of `P4InvTransform`.
+        rank: number of columns of u and v; None is the default of `P4InvTransform`.
+        init: "identity", "reverse", a matrix, or nflows' `Linear` or `OneByOneConvolution`.
+        bias: whether to add a trainable b.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        bounds: when a merge is accepted.
+        perturbation: "relative" or "additive"; see `P4InvTransform`.
 
     Attributes:
         layer: the `P4InvTransform` or `P4OneByOneConvolution`.
@@ -43,13 +50,27 @@ class P4Module(InvertibleModule):
         self,
         dims_in: Sequence[tuple[int, ...]],
         dims_c: Iterable[tuple[int, ...]] | None = None,
-        **options: Any,
+        *,
+        rank: int | None = None,
+        init: str | Tensor | Linear = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+        bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
     ) -> None:
         super().__init__(dims_in, dims_c)
         if len(dims_in) != 1 or len(dims_in[0]) not in (1, 3):
             raise ValueError(f"dims_in must be one shape of one or three numbers, got {dims_in}")
         kind = P4InvTransform if len(dims_in[0]) == 1 else P4OneByOneConvolution
-        self.layer = kind(dims_in[0][0], **options)
+        self.layer = kind(
+            dims_in[0][0],
+            rank=rank,
+            init=init,
+            bias=bias,
+            using_cache=using_cache,
+            bounds=bounds,
+            perturbation=perturbation,
+        )
 
     def forward(
         self, x_or_z: Sequence[Tensor], c: Any = None, rev: bool = False, jac: bool = True

@@ -143,11 +143,6 @@ class FlowModule(lightning.LightningModule):
         scheduler = make(optimizer, int(steps))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    def on_fit_start(self) -> None:
-        """Processes that train the same flow are compared at each merge."""
-        if self.hook is not None and self.trainer.world_size > 1:
-            self.hook.compare(torch.distributed.group.WORLD)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch; logged as "loss"."""
         self._loss = loss = self.loss(self.flow, batch)

@@ -1,11 +1,13 @@
 """P4 layers as zuko's lazy transforms."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from nflows.transforms.linear import Linear
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from p4flows.matrices import MergeBounds
 from p4flows.transforms import P4InvTransform
 
 try:
@@ -19,7 +21,12 @@ class P4Transform(LazyTransform):
 
     Args:
         features: n.
-        **options: those of `P4InvTransform`.
+        rank: number of columns of u and v; None is the default of `P4InvTransform`.
+        init: "identity", "reverse", a matrix, or another nflows `Linear`.
+        bias: whether to add a trainable b.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        bounds: when a merge is accepted.
+        perturbation: "relative" or "additive"; see `P4InvTransform`.
 
     Attributes:
         layer: the `P4InvTransform`, for a `MergeHook`, as the flow as a whole is.
@@ -37,9 +44,27 @@ class P4Transform(LazyTransform):
         (torch.Size([5]), torch.Size([2, 3]))
     """
 
-    def __init__(self, features: int, **options: Any) -> None:
+    def __init__(
+        self,
+        features: int,
+        *,
+        rank: int | None = None,
+        init: str | Tensor | Linear = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+        bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
+    ) -> None:
         super().__init__()
-        self.layer = P4InvTransform(features, **options)
+        self.layer = P4InvTransform(
+            features,
+            rank=rank,
+            init=init,
+            bias=bias,
+            using_cache=using_cache,
+            bounds=bounds,
+            perturbation=perturbation,
+        )
 
     def forward(self, c: Any = None) -> Transform:
         """The transform x → Ã x + b of torch.distributions, at any context."""

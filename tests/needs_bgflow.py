@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
 needs_bgflow = pytest.mark.skipif(
     bgflow is None,
-    reason=f"needs bgflow{cause}: docs/bgflow.md has the command to install them",
+    reason=f"needs bgflow{cause}: make bgflow BGFLOW=checkout",
 )
 if bgflow is not None:
     # Loud when this fails although bgflow is there.

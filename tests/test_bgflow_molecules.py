@@ -15,7 +15,7 @@ if bgflow is not None:
     import openmm
 
     from p4flows import molecules
-    from p4flows.bgflow import as_transform
+    from p4flows.bgflow import FlowTransform
 
 pytestmark = [
     needs_bgflow,
@@ -46,7 +46,7 @@ def test_coordinates_agree(setting):
 def test_features_and_positions_are_inverse(setting):
     _, ours, theirs, frames = setting
     cuts = ours.cuts / (2.0 * torch.pi) + 0.5
-    coordinates = as_transform(bgflow.InverseFlow(example.standardised(theirs, frames, cuts)))
+    coordinates = FlowTransform(bgflow.InverseFlow(example.standardised(theirs, frames, cuts)))
     features, logabsdet = coordinates(frames)
     count = 3 * len(ours.z_matrix.rows)
     expected = ours(frames)[0][:, -count:]
@@ -74,7 +74,7 @@ def test_script_trains_once_and_draws_what_is_kept(tmp_path, monkeypatch, capsys
     monkeypatch.setitem(alanine_dipeptide.PRESETS, "quick", preset)
     monkeypatch.setattr(alanine_dipeptide, "SAMPLES", 50)
     shallow = functools.partial(example.realnvp_flow, 60, 1)
-    monkeypatch.setattr(example, "realnvp_flow", lambda features, blocks, swap: shallow(swap=swap))
+    monkeypatch.setattr(example, "realnvp_flow", lambda *sizes, **options: shallow(**options))
     # Noise that a short simulation has seen.
     monkeypatch.setattr(alanine_dipeptide, "NOISE", 1e-4)
     arguments = ["alanine_dipeptide_bgflow", "--workers", "1", "--output", str(tmp_path)]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 from nflows.transforms.base import CompositeTransform, Transform
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from p4flows.arguments import check_module
-from p4flows.matrices import PerturbedMatrix
+from p4flows.matrices import MergeBounds, PerturbedMatrix
 from p4flows.transforms import BentStack, P4InvTransform, P4OneByOneConvolution
 from p4flows.transforms.linear import PerturbedLinear, weight_of
 
@@ -59,7 +59,14 @@ def plain(module: nn.Module) -> nn.Module:
     return _replaced(duplicate, _plain_layer)
 
 
-def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
+def swap_linear(
+    module: nn.Module,
+    *,
+    rank: int | None = None,
+    using_cache: bool = False,
+    bounds: MergeBounds = MergeBounds(),
+    perturbation: Literal["relative", "additive"] = "relative",
+) -> nn.Module:
     """Put P4InvTransform layers in place of nflows-type linear layers, keeping their weights.
 
     They are found by what they have, `weight()`, `weight_inverse()` and `bias`, not by their class:
@@ -68,14 +75,17 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
 
     Args:
         module: is changed, unless it is such a layer itself.
-        **options: those of `P4InvTransform` besides features, init and bias.
+        rank: number of columns of u and v; None is the default of `P4InvTransform`.
+        using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
+        bounds: when a merge is accepted.
+        perturbation: "relative" or "additive"; see `P4InvTransform`.
 
     Returns:
         The module, or the layer that takes its place.
 
     Raises:
-        TypeError: when it is not an nn.Module.
-        ValueError: when there is no such layer in it.
+        TypeError: when it is not an nn.Module, or an option has the wrong type.
+        ValueError: when there is no such layer in it, or an option is out of range.
 
     Example:
         >>> from nflows.transforms import CompositeTransform, LULinear
@@ -94,7 +104,15 @@ def swap_linear(module: nn.Module, **options: Any) -> nn.Module:
         weight, bias = weight_of(layer).detach(), layer.bias
         images = type(layer).__name__ == "OneByOneConvolution"
         kind = P4OneByOneConvolution if images else P4InvTransform
-        new = kind(len(weight), init=weight, bias=bias is not None, **options)
+        new = kind(
+            len(weight),
+            rank=rank,
+            init=weight,
+            bias=bias is not None,
+            using_cache=using_cache,
+            bounds=bounds,
+            perturbation=perturbation,
+        )
         if isinstance(bias, Tensor) and new.bias is not None:
             with torch.no_grad():
                 new.bias.copy_(bias)

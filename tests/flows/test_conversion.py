@@ -106,11 +106,13 @@ def test_swap_linear_keeps_the_function():
     composite = CompositeTransform([lu(3), P4InvTransform(3), lu(3)]).double()
     x = torch.randn(5, 3, dtype=torch.float64)
     expected = composite(x)
-    swapped = swap_linear(composite, rank=2)
+    swapped = swap_linear(composite, rank=2, perturbation="additive", using_cache=True)
     assert swapped is composite
     layers = list(composite._transforms)
     assert [type(layer) for layer in layers] == 3 * [P4InvTransform]
-    assert [layer.matrix.rank for layer in (layers[0], layers[2])] == [2, 2]
+    for layer in (layers[0], layers[2]):
+        assert (layer.matrix.rank, layer.matrix.perturbation) == (2, "additive")
+        assert layer.using_cache
     torch.testing.assert_close(swapped(x), expected)
     hook = MergeHook(swapped, every=1)
     optimizer = torch.optim.SGD(swapped.parameters(), lr=0.01)

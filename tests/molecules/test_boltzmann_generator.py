@@ -52,14 +52,14 @@ def draw(output, monkeypatch, capsys):
     return runner
 
 
-@pytest.mark.parametrize("swap", ["p4", "permutation"])
+@pytest.mark.parametrize("swap", ["p4", "random-halves"])
 def test_a_run_gives_numbers_and_weighted_samples(output, swap, draw):
     record = example.run("quick", swap, 0, output, workers=1, progress=False)
     for name in ("ess", "ess_clipped", "forward_ess", "nll", "nll_training", "torus_w2"):
         assert math.isfinite(record[name]), name
     assert 0 < record["ess"] <= record["ess_clipped"] <= 1
     assert record["samples_seen"] == 7 * 8 and record["energies"] == 120
-    assert (record["merges"] is None) == (swap == "permutation")
+    assert (record["merges"] is None) == (swap == "random-halves")
     assert [found["temperature"] for found in record["rounds"]] == [600.0, 600.0]
     stem = output / f"quick-{swap}-0"
     assert json.loads(stem.with_suffix(".json").read_text())["ess"] == record["ess"]
@@ -119,11 +119,11 @@ def test_correlation_length_of_an_autoregressive_series():
 def test_rounds_end_at_the_last_temperature(output, draw):
     ladder = example.PRESETS["cold"].ladder
     assert ladder == pytest.approx([600.0 / math.sqrt(2.0), 300.0, 300.0])
-    record = example.run("cold", "permutation", 0, output, workers=1, progress=False)
+    record = example.run("cold", "random-halves", 0, output, workers=1, progress=False)
     assert [found["temperature"] for found in record["rounds"]][-1] == pytest.approx(300.0)
     # There is no simulation at 300 K to compare with.
     assert "nll" not in record
-    assert "| forward ESS | – |" in draw("--preset", "cold", "--swap", "permutation")
+    assert "| forward ESS | – |" in draw("--preset", "cold", "--swap", "random-halves")
 
 
 def test_a_cold_flow_is_compared_with_replica_exchange(output, monkeypatch, draw):
