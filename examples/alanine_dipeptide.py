@@ -26,7 +26,8 @@ from nflows.flows.base import Flow
 from ramachandran import is_trans, states
 from torch import Tensor
 
-from p4flows import InvertibleMatrix, MergeHook, fit
+from p4flows import InvertibleMatrix, MergeHook
+from p4flows.lightning import fit
 from p4flows.molecules import (
     LangevinDynamics,
     MixedCoordinateTransform,
@@ -139,34 +140,25 @@ def train(
         ("mixed", preset.mixed_steps, 1e-5, {"loss": mixed}),
     )
     for stage, steps, learning_rate, options in stages:
-        optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
-        hook = None
-        if matrices:
-            hook = MergeHook.paper(flow, optimizer, every=100)
-        scheduler = None
-        if preset.decay and stage == "likelihood":
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        result = fit(
+        decays = preset.decay and stage == "likelihood"
+        flow, result = fit(
             flow,
             problem.batch,
-            steps=steps,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            hook=hook,
-            generator=torch.Generator().manual_seed(seed),
-            checkpoint=stem.with_name(f"{stem.name}-{stage}.pt"),
-            resume=True,
+            max_steps=steps,
+            learning_rate=learning_rate,
+            schedule="cosine" if decays else None,
+            hook=MergeHook.paper(flow, every=100) if matrices else False,
+            checkpoint=stem.with_name(f"{stem.name}-{stage}"),
+            seed=seed,
             progress=progress,
             **options,
         )
-        if hook is not None:
-            hook.remove()
         numbers, samples = evaluate(problem, flow, seed)
         record[stage] = {
             "steps": steps,
             "learning_rate": learning_rate,
             "seconds_per_step": result.seconds / steps,
-            "merges": dict(hook.stats) if hook is not None else None,
+            "merges": result.merges,
             **numbers,
         }
     return record, samples

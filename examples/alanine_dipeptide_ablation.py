@@ -17,7 +17,8 @@ from alanine_dipeptide_flows import FEATURES, Swap, affine_flow, spline_flow
 from experiment import Record, cells, command_line, in_processes, kept, publish, table, there
 from nflows.transforms import CompositeTransform, Permutation
 
-from p4flows import MergeHook, fit
+from p4flows import MergeHook
+from p4flows.lightning import fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +69,10 @@ def train(couplings: str, name: str, steps: int, seed: int, output: Path) -> Rec
         problem.features = problem.features[:, order]
     torch.manual_seed(seed)
     flow = FLOWS[couplings](variant.swap, rank=variant.rank)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
-    hook = None
+    hook: MergeHook | bool = False
     if variant.swap == "p4":
-        hook = MergeHook(
-            flow, optimizer, every=variant.every, restart=variant.restart, draw=variant.draw
-        )
-    fit(
-        flow,
-        problem.batch,
-        steps=steps,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
-        hook=hook,
-        generator=torch.Generator().manual_seed(seed),
-    )
+        hook = MergeHook(flow, every=variant.every, restart=variant.restart, draw=variant.draw)
+    fit(flow, problem.batch, max_steps=steps, learning_rate=1e-3, hook=hook, seed=seed)
     numbers, _ = evaluate(problem, flow, seed)
     return {"couplings": couplings, "variant": name, "seed": seed, **numbers}
 

@@ -26,7 +26,8 @@ from nflows.transforms import CompositeTransform, Transform
 from photographs import Photographs
 from torch import Tensor
 
-from p4flows import MergeHook, P4InvTransform, fit
+from p4flows import P4InvTransform
+from p4flows.lightning import fit
 from p4flows.transforms import AffineCoupling
 
 SIZE = 8
@@ -70,27 +71,22 @@ def train(
     """The trained flow and what its training took."""
     torch.manual_seed(seed)
     flow = patch_flow(photographs.features, preset)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=preset.learning_rate, fused=True)
-    hook = MergeHook(flow, optimizer)  # merges from inside optimizer.step()
-    result = fit(
+    flow, result = fit(
         flow,
         lambda generator: photographs.draw(BATCH, generator),
-        steps=preset.steps,
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, preset.steps),
-        hook=hook,
-        generator=torch.Generator().manual_seed(seed),
+        max_steps=preset.steps,
+        learning_rate=preset.learning_rate,
         checkpoint=checkpoint,
-        resume=True,
+        seed=seed,
         progress=progress,
     )
     record = {
         "steps": preset.steps,
         "seconds": round(result.seconds, 1),
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
-        "merges": dict(hook.stats),
+        "merges": result.merges,
     }
-    return flow.eval(), record
+    return flow, record
 
 
 @torch.no_grad()
@@ -162,7 +158,7 @@ def run(preset_name: str, seed: int, file: Path) -> Record:
     """Train, evaluate, and keep the panels of the figure beside the record."""
     photographs = Photographs(SIZE)
     preset = PRESETS[preset_name]
-    flow, record = train(photographs, preset, seed, file.with_suffix(".pt"), True)
+    flow, record = train(photographs, preset, seed, file.with_suffix(""), True)
     np.savez(file.with_suffix(".npz"), **panels(flow, photographs, seed))
     return {"preset": preset_name, "seed": seed, **record, **evaluate(flow, photographs)}
 

@@ -22,9 +22,12 @@ import numpy as np
 import torch
 from experiment import Record, cells, command_line, in_processes, kept, publish, table, there
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, StepLR
 from toy_targets import TARGETS, Target
 
-from p4flows import InvertibleMatrix, MergeHook, bent_stacked_flow, fit, realnvp_flow
+from p4flows import InvertibleMatrix, MergeHook, bent_stacked_flow, realnvp_flow
+from p4flows.lightning import fit
 
 EVALUATION_SAMPLES = 100_000
 # A sample counts as leaked where the target's density is lower than at this share of its own
@@ -83,29 +86,25 @@ def train(
     """Train one flow on one target, or continue from its checkpoint; the flow and its record."""
     torch.manual_seed(seed)
     flow = model.flow()
-    # Fused, because a step of these flows takes less than a loop over their parameters.
-    learning_rate = model.learning_rate or preset.learning_rate
-    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    if model.learning_rate is None:
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, preset.steps_per_epoch, gamma=0.5)
-    else:
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, preset.steps)
-    hook = None
+    hook: MergeHook | bool = False
     if model.every is not None:
         # N_force = 10 and N_correct = 50, as by default.
-        hook = MergeHook(flow, optimizer, every=model.every, restart="carry", draw="normal")
-    result = fit(
+        hook = MergeHook(flow, every=model.every, restart="carry", draw="normal")
+
+    def halved(optimizer: Optimizer, steps: int) -> LRScheduler:
+        return StepLR(optimizer, preset.steps_per_epoch, gamma=0.5)
+
+    flow, result = fit(
         flow,
         lambda generator: target.sample(preset.batch, generator),
-        steps=preset.steps,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        max_steps=preset.steps,
+        steps_per_epoch=preset.steps_per_epoch,
+        learning_rate=model.learning_rate or preset.learning_rate,
+        schedule=halved if model.learning_rate is None else "cosine",
         hook=hook,
-        generator=torch.Generator().manual_seed(seed),
         checkpoint=checkpoint,
         checkpoint_every=2_000,
-        resume=True,
+        seed=seed,
         progress=progress,
     )
     record = {
@@ -115,9 +114,9 @@ def train(
         "parameters": sum(parameter.numel() for parameter in flow.parameters()),
         "steps": preset.steps,
         "seconds": round(result.seconds, 1),
-        "merges": dict(hook.stats) if hook is not None else None,
+        "merges": result.merges,
     }
-    return flow.eval(), record
+    return flow, record
 
 
 @torch.no_grad()
@@ -172,7 +171,7 @@ def run(
     target, file = TARGETS[name], record_file(name, model, preset, seed, output)
 
     def make() -> Record:
-        checkpoint = file.with_suffix(".pt")
+        checkpoint = file.with_suffix("")
         flow, record = train(target, MODELS[model], PRESETS[preset], seed, checkpoint, progress)
         np.savez(file.with_suffix(".npz"), **drawn(flow, target, seed))
         return record | {"preset": preset, **evaluate(flow, target, seed)}

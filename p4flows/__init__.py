@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from p4flows.diagnosis import diagnose
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
-from p4flows.merging.attaching import NotMergedWarning
-from p4flows.merging.average import AveragedModel, ElementwiseAverageWarning
+from p4flows.matrices.perturbed import NotMergedWarning
+from p4flows.merging.average import AveragedModel
 from p4flows.merging.hook import MergeHook
 from p4flows.parametrize import invertible, orthogonal
-from p4flows.training import fit
 
 if TYPE_CHECKING:
     from p4flows.flows.base import BaseNormal
@@ -31,7 +30,6 @@ __all__ = [
     "BaseNormal",
     "BentIdentity",
     "BentStack",
-    "ElementwiseAverageWarning",
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
@@ -43,7 +41,6 @@ __all__ = [
     "PerturbedMatrix",
     "bent_stacked_flow",
     "diagnose",
-    "fit",
     "invertible",
     "orthogonal",
     "plain",

@@ -78,6 +78,19 @@ def test_correction(monkeypatch, capsys, tmp_path):
     assert "| LU, float64 |" in capsys.readouterr().out
 
 
+def test_training(monkeypatch, capsys):
+    pytest.importorskip("lightning", reason="needs the extra `train`")
+    monkeypatch.setattr(sys, "argv", ["training", "--rounds", "1", "--steps", "3"])
+    threads = torch.get_num_threads()
+    importlib.import_module("training").main()
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[-2:]] == [
+        "| bent_stacked_flow(2",
+        "| realnvp_flow(60",
+    ]
+
+
 def test_every_contestant_maps_back():
     x = torch.randn(5, 4)
     for name, contestant in contestants.entering(4).items():

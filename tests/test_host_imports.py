@@ -11,6 +11,7 @@ ROOMS = {
     # NumPy 2 lacks a constant that it uses.
     "bgflow-broken": ("bgflow", "import numpy; numpy.removed", r"needs bgflow and numpy < 2"),
     "zuko-missing": ("zuko", MISSING, "needs zuko: pip install zuko"),
+    "lightning-missing": ("lightning", MISSING, r"needs lightning: pip install 'p4flows\[train\]'"),
     "freia-missing": ("FrEIA", MISSING, "needs FrEIA: pip install FrEIA"),
 }
 

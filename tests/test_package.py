@@ -21,7 +21,7 @@ def modules_loaded_by(code):
 
 
 def test_import_is_light():
-    heavy = {"bgflow", "mdtraj", "matplotlib", "openmm", "openmmtools"}
+    heavy = {"bgflow", "lightning", "mdtraj", "matplotlib", "openmm", "openmmtools"}
     loaded = modules_loaded_by("import p4flows")
     assert "p4flows" in loaded
     assert not heavy & loaded

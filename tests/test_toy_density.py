@@ -1,5 +1,6 @@
 """The example of Section 4.2 from training to figure and table, at a toy's length."""
 
+import itertools
 import math
 import sys
 
@@ -32,11 +33,26 @@ def test_a_run_is_recorded_and_not_repeated(model, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == written
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path):
+def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path, monkeypatch):
     whole = run("p4inv", tmp_path / "whole")
-    half = example.Preset(1, 5, batch=20)
-    checkpoint = tmp_path / "moons-p4inv-short-0.pt"
-    example.train(TARGETS["moons"], example.MODELS["p4inv"], half, 0, checkpoint, progress=False)
+    sample, calls = example.TARGETS["moons"].sample, itertools.count(1)
+
+    class Stops:
+        name, limits, has_log_density = "moons", 4.0, True
+
+        def sample(self, *arguments):
+            if next(calls) == 8:
+                raise KeyboardInterrupt
+            return sample(*arguments)
+
+    checkpoint = tmp_path / "moons-p4inv-short-0"
+    fit = example.fit
+    monkeypatch.setattr(example, "fit", lambda *a, **k: fit(*a, **(k | {"checkpoint_every": 1})))
+    with pytest.raises(KeyboardInterrupt):
+        example.train(
+            Stops(), example.MODELS["p4inv"], example.PRESETS["short"], 0, checkpoint, False
+        )
+    assert (checkpoint / "last.ckpt").exists()
     record = run("p4inv", tmp_path)
     assert record["kl_nats"] == whole["kl_nats"]
 
@@ -77,7 +93,7 @@ def test_figures_have_a_column_for_each_model(tmp_path):
     # What is drawn is what the trained flow gives.
     target, short = TARGETS["moons"], example.PRESETS["short"]
     flow, _ = example.train(
-        target, example.MODELS["p4inv"], short, 0, tmp_path / "moons-p4inv-short-0.pt", False
+        target, example.MODELS["p4inv"], short, 0, tmp_path / "moons-p4inv-short-0", False
     )
     (_, samples, log_density) = columns[2]
     torch.manual_seed(0)

@@ -5,18 +5,16 @@ the module. A counter-based draw (Salmon et al., "Parallel random numbers: as ea
 2011) needs neither: whoever holds the same seed and counter draws the same numbers.
 """
 
+import functools
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-# How v is drawn, by name: see `PerturbedMatrix.draw_as`.
-Draw = Literal["normal", "basis"]
-
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_SIGNS = 64
 
 
 def _signed(constant: int) -> int:
@@ -29,8 +27,15 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _scramble(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64-bit integers without visible structure."""
+def scramble(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64-bit integers without visible structure.
+
+    Args:
+        x: int64 tensor.
+
+    Returns:
+        int64 tensor of the same shape.
+    """
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
     return x ^ _shift_right(x, 31)
@@ -62,19 +67,18 @@ def standard_normal(seed: Tensor, counter: Tensor, shape: tuple[int, ...]) -> Te
         torch.Size([2, 3])
     """
     size = math.prod(shape)
-    stream = _scramble(seed + _scramble((counter + 1) * _signed(_GOLDEN)))
+    stream = scramble(seed + scramble((counter + 1) * _signed(_GOLDEN)))
     index = torch.arange(1, 2 * size + 1, device=seed.device) * _signed(_GOLDEN)
-    bits = _scramble(stream.unsqueeze(-1) + index)
+    bits = scramble(stream.unsqueeze(-1) + index)
     radius = torch.sqrt(-2.0 * torch.log(_uniform(bits[..., :size])))
     angle = 2.0 * math.pi * _uniform(bits[..., size:])
     return (radius * torch.cos(angle)).reshape(*seed.shape, *shape)
 
 
-def random_signs(seed: Tensor, counter: Tensor, n: int) -> Tensor:
-    """Signs that depend on nothing but `seed` and `counter`, other ones than in the other draws.
+def random_signs(counter: Tensor, n: int) -> Tensor:
+    """Signs that depend on nothing but a counter; each 64 of them are different ones.
 
     Args:
-        seed: int64 tensor of shape `(*batch,)`.
         counter: int64 tensor of shape `(*batch,)`.
         n: how many.
 
@@ -82,12 +86,17 @@ def random_signs(seed: Tensor, counter: Tensor, n: int) -> Tensor:
         int64 tensor of ±1, shape `(*batch, n)`.
 
     Example:
-        >>> random_signs(torch.tensor(1), torch.tensor(0), 1000).unique().tolist()
+        >>> random_signs(torch.tensor(0), 1000).unique().tolist()
         [-1, 1]
     """
-    stream = _scramble(seed + _scramble(~counter * _signed(_GOLDEN)))
-    index = torch.arange(1, n + 1, device=seed.device) * _signed(_GOLDEN)
-    return (_scramble(stream.unsqueeze(-1) + index) >> 63) | 1
+    return _table_of_signs(n, counter.device)[counter % _SIGNS]
+
+
+@functools.lru_cache(maxsize=64)
+def _table_of_signs(n: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        index = torch.arange(1, _SIGNS * n + 1, device=device).reshape(_SIGNS, n)
+        return (scramble(index * _signed(_GOLDEN)) >> 63) | 1
 
 
 def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""InvertibleMatrix: P4Inv, with the inverse and the log-determinant kept at hand (2.2–2.4)."""
+"""InvertibleMatrix: P4Inv, with the inverse and the log-determinant beside it (2.2–2.4)."""
 
 import math
 from typing import Any, Literal
@@ -7,29 +7,40 @@ import torch
 from torch import Tensor
 
 from p4flows.arguments import check_positive_int
-from p4flows.matrices.additive import Additive
 from p4flows.matrices.bounds import MergeBounds
+from p4flows.matrices.derived import derivations
 from p4flows.matrices.linear_algebra import (
     add_product,
     inverse_small,
     log_singular_values,
     norm_1,
+    plus_identity,
     slogdet_small,
 )
 from p4flows.matrices.merge import Merged, State, probe, probe_tolerance
-from p4flows.matrices.perturbation import Perturbation, needs_plain_operations
-from p4flows.matrices.perturbed import PerturbedMatrix
-from p4flows.matrices.precision import on_rows, without_autocast
-from p4flows.matrices.relative import Relative
+from p4flows.matrices.perturbed import PerturbedMatrix, is_transformed
+from p4flows.matrices.precision import full_precision
+from p4flows.matrices.rows import (
+    multiply_rows,
+    solve_rows,
+    through_inverse,
+    through_matrix,
+)
 
 # A stored inverse further from the right one, relative to it, was of no use.
 _LOST = 0.1
 
-_PERTURBATIONS: dict[str, Perturbation] = {kind.name: kind for kind in (Relative(), Additive())}
+# Adam moves every entry of u by its learning rate η, so that a step turns a matrix of n dimensions
+# by η·√n·scale where signs are random, whatever the rank. Rates that suit the layers around it
+# (1e-3 to 1e-2) suit a matrix of up to so many dimensions; beyond, v is shorter
+# (benchmarks/learning.py).
+_UNSCALED_UP_TO = 48
+
+_KINDS = ("relative", "additive")
 
 
 def default_rank(size: int) -> int:
-    """The rank at which training learned most in a second: n up to 64, 8√n beyond.
+    """The rank that gives the best likelihood for a given training time: n up to 64, 8√n beyond.
 
     At rank n one basis of directions is all there is, and Adam's state survives every merge; the
     thin products of rank 8√n cost less the larger n is (benchmarks/learning.py).
@@ -50,16 +61,18 @@ def default_rank(size: int) -> int:
 class InvertibleMatrix(PerturbedMatrix):
     """Invertible matrices with rank-k perturbations (P4Inv, Sections 2.2–2.4).
 
-    The inverse and the log-determinant of A are stored beside it. Reading Ã, its inverse and its
-    determinant goes through the Woodbury identity and the determinant lemma (equations 3 and 4),
-    and so does a merge: O(n²k). Only `correct` costs O(n³).
+    Ã = A + u R with R of shape (k, n). Two perturbations are known:
 
-    Two perturbations are known:
+    - "relative": R = vᵀA, so that Ã = (I + u vᵀ) A. ∂J/∂u is the relative gradient (∂J/∂A)Aᵀ seen
+      through v (Gresele et al. 2020), which depends neither on the scale nor on the condition of A.
+      v is not trained: its columns are those of random orthogonal bases, dealt in turn, and at rank
+      n one basis for good. det Ã = 0 is a barrier that training does not cross.
+    - "additive": R = vᵀ, u and v trained (the paper). v is drawn from a normal distribution. It can
+      cross det A = 0.
 
-    - "relative": Ã = (I + u vᵀ) A. u sees the relative gradient (∂J/∂A)Aᵀ, which does not depend on
-      the scale or condition of A; v is not trained, but dealt from a random orthogonal basis, and
-      at rank n is that basis for good. Neither Ã x nor ln|det Ã| needs A⁻¹.
-    - "additive": Ã = A + u vᵀ, u and v trained (the paper). It can cross det A = 0.
+    The inverse and the log-determinant of A are stored beside it. Ã, its inverse and its
+    determinant follow from them by the Woodbury identity and the determinant lemma (equations 3 and
+    4), and so does a merge: O(n²k + k³). Only `correct` costs O(n³).
 
     Args:
         size: n.
@@ -73,12 +86,14 @@ class InvertibleMatrix(PerturbedMatrix):
 
     Attributes:
         perturbation: as given.
+        kind: buffer, the perturbation as a number, so that a state cannot be loaded into the other.
         frozen: buffer, A, shape `(*batch_shape, n, n)`.
         inverse_frozen: buffer, A⁻¹.
         sign: buffer, sign of det A, shape `batch_shape`.
         logabsdet_frozen: buffer, ln|det A|, shape `batch_shape`.
         logabsdet_carry: buffer, what rounding cut off `logabsdet_frozen` (compensated summation:
             thousands of merges would otherwise add up their roundings).
+        right: buffer, R of a relative perturbation, not in the `state_dict`.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -100,6 +115,10 @@ class InvertibleMatrix(PerturbedMatrix):
     sign: Tensor
     logabsdet_frozen: Tensor
     logabsdet_carry: Tensor
+    right: Tensor
+    kind: Tensor
+
+    _derived = ("inverse_frozen", "sign", "logabsdet_frozen", "logabsdet_carry")
 
     def __init__(
         self,
@@ -115,130 +134,123 @@ class InvertibleMatrix(PerturbedMatrix):
     ) -> None:
         if not isinstance(bounds, MergeBounds):
             raise TypeError(f"bounds must be MergeBounds, got {type(bounds).__name__}")
-        if perturbation not in _PERTURBATIONS:
+        if perturbation not in _KINDS:
             raise ValueError(f"perturbation must be 'relative' or 'additive', got {perturbation!r}")
         check_positive_int("size", size)
-        self.perturbation = perturbation
-        self.draw = self._kind.draw
+        self.perturbation = self._derivation = perturbation
+        self._is_relative = perturbation == "relative"
+        self._deciding = ("frozen", "v") if self._is_relative else ("frozen",)
+        self._draw = "basis" if self._is_relative else "normal"
+        self._trains_v = not self._is_relative
+        self._scale = math.sqrt(min(1.0, _UNSCALED_UP_TO / size)) if self._is_relative else 1.0
         rank = default_rank(size) if rank is None else rank
         super().__init__(size, batch_shape, rank, init, device, dtype)
         self.bounds = bounds
-        self.v.requires_grad_(self._kind.trains_v)
-        self._version = self._kind.layout_version
+        self.v.requires_grad_(self._trains_v)
 
-    @property
-    def _kind(self) -> Perturbation:
-        return _PERTURBATIONS[self.perturbation]
+    def _register_more(self) -> None:
+        if self._is_relative:
+            right = torch.zeros_like(self.v.mT, dtype=self.frozen.dtype)
+            self.register_buffer("right", right, persistent=False)
 
-    @property
-    def _scale(self) -> float:
-        return self._kind.scale(self.size)
-
-    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, matrix: Tensor, dtype: torch.dtype) -> State:
         """A with its inverse and log-determinant, computed once in float64."""
-        state = _by_lu(matrix)
-        condition = norm_1(matrix) * norm_1(state["inverse_frozen"])
+        kind = torch.tensor(_KINDS.index(self.perturbation), device=matrix.device)
+        state = {"kind": kind, "frozen": matrix, **_by_lu(matrix)}
         # Written so that NaN, the condition number of an exactly singular matrix, is refused too.
-        if not bool((condition < 1.0 / torch.finfo(matrix.dtype).eps).all()):
+        if not bool(self._is_in_set(state).all()):
+            condition = norm_1(matrix) * norm_1(state["inverse_frozen"])
             raise ValueError(
                 f"init must be invertible, got a matrix that is singular to working precision "
                 f"(condition number {condition.max().item():.1e} in {matrix.dtype})"
             )
-        return {"frozen": matrix, **state}
+        return state
 
-    @on_rows
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x; see `PerturbedMatrix`."""
-        return self._kind.multiply(x, bias, *self.factors(), self.frozen)
+    def _is_in_set(self, state: State) -> Tensor:
+        matrix = state["frozen"]
+        condition = norm_1(matrix) * norm_1(state["inverse_frozen"])
+        return _is_usable(state) & (condition < 1.0 / torch.finfo(matrix.dtype).eps)
 
-    @on_rows
-    def solve(self, y: Tensor) -> Tensor:
-        """Ã⁻¹ y for rows y, by the Sherman–Morrison–Woodbury identity (equation 3)."""
-        return self._kind.solve(y, *self.factors(), self.inverse_frozen)
+    def _completed(self, state: State) -> State:
+        if self._is_relative:
+            frozen = state["frozen"]
+            state = {**state, "right": state["v"].to(frozen.dtype).mT @ frozen}
+        return super()._completed(state)
 
-    @on_rows
-    def multiply_and_logabsdet(
-        self, x: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Ã x + bias and ln|det Ã| for rows x, with hand-written gradients."""
-        if self._is_plain(x):
-            return super().multiply_and_logabsdet(x, bias)
-        return self._kind.multiply_rows(
-            x, bias, *self.factors(), self.frozen, *self._inverse_and_logabsdet()
-        )
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        frozen, u, right, left, logabsdet = self._perturbation()
+        through = multiply_rows if _is_single(x, frozen) else through_matrix
+        return through(x, bias, u, right, left, frozen, logabsdet)
 
-    @on_rows
-    def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ã⁻¹ (y − bias) and −ln|det Ã| for rows y, with hand-written gradients."""
-        if self._is_plain(y):
-            return super().solve_and_logabsdet(y, bias)
-        return self._kind.solve_rows(y, bias, *self.factors(), *self._inverse_and_logabsdet())
+    def _solve(self, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        frozen, u, _, left, logabsdet = self._perturbation()
+        (inverse,) = self._current("inverse_frozen")
+        through = solve_rows if _is_single(y, frozen) else through_inverse
+        return through(y, bias, u, left, inverse, logabsdet)
 
-    def _is_plain(self, rows: Tensor) -> bool:
-        """Whether the hand-written gradients, of rows of a single matrix, do not apply."""
-        return rows.dim() != 2 or self.frozen.dim() != 2 or needs_plain_operations(rows)
+    def _perturbation(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A, u, R, Z = R A⁻¹ and ln|det A|."""
+        beside = "right" if self._is_relative else "inverse_frozen"
+        kept, logabsdet = self._current(beside, "logabsdet_frozen")
+        frozen, u, v = self._factors()
+        if self._is_relative:
+            # Constant, as R is, also after a `requires_grad_()` of the whole flow.
+            return frozen, u, kept, v.detach().mT, logabsdet
+        return frozen, u, v.mT, v.mT @ kept, logabsdet
 
-    def _inverse_and_logabsdet(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.inverse_frozen, self.logabsdet_frozen, self.logabsdet_carry
+    def _inverse_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A⁻¹, and W and Z with Ã⁻¹ = A⁻¹ − W Z, of shapes (*batch, n, k) and (*batch, k, n)."""
+        _, u, _, left, _ = self._perturbation()
+        (inverse,) = self._current("inverse_frozen")
+        return inverse, inverse @ u, inverse_small(plus_identity(left @ u)) @ left
 
-    @without_autocast
-    def capacitance(self) -> Tensor:
-        """G with det Ã = det G · det A (equation 4), shape `(*batch_shape, k, k)`, in O(n²k)."""
-        return self._kind.capacitance(self.inverse_frozen, *self.factors())
-
-    @without_autocast
-    def right_factor(self) -> Tensor:
-        """V with Ã = A + u Vᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
-        return self._kind.right_factor(self.frozen, self.factors()[1])
-
-    @without_autocast
-    def inverse_factors(self) -> tuple[Tensor, Tensor]:
-        """W and Z with Ã⁻¹ = A⁻¹ − W Zᵀ, shape `(*batch_shape, n, k)`, in O(n²k)."""
-        w, z, g = self._kind.inverse_factors(self.inverse_frozen, *self.factors())
-        return w @ inverse_small(g), z
-
-    @without_autocast
     def dense(self) -> Tensor:
-        """Ã = A + u Vᵀ (equation 5), shape `(*batch_shape, n, n)`."""
-        return self.frozen + self.factors()[0] @ self.right_factor().mT
+        """Ã = A + u R (equation 5), shape `(*batch_shape, n, n)`."""
+        with full_precision(self.frozen.device):
+            frozen, u, right, _, _ = self._perturbation()
+            return frozen + u @ right
 
-    @without_autocast
     def inverse(self) -> Tensor:
         """Ã⁻¹ (equation 3), shape `(*batch_shape, n, n)`."""
-        w, z = self.inverse_factors()
-        return self.inverse_frozen - w @ z.mT
+        with full_precision(self.frozen.device):
+            inverse, w, z = self._inverse_factors()
+            return inverse - w @ z
 
-    @without_autocast
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and log absolute determinant of Ã (equation 4), each of shape `batch_shape`."""
-        sign, update = slogdet_small(self.capacitance())
-        return self.sign * sign, self.logabsdet_frozen + (self.logabsdet_carry + update)
+        with full_precision(self.frozen.device):
+            _, u, _, left, logabsdet = self._perturbation()
+            sign, change = slogdet_small(plus_identity(left @ u))
+            (frozen_sign,) = self._current("sign")
+            return frozen_sign * sign, logabsdet + change
 
-    @without_autocast
     def penalty(self) -> Tensor:
         """g(u, v)/C_p of Appendix A, shape `batch_shape`; multiply by a strength of your own."""
-        _, update = slogdet_small(self.capacitance())
-        return self.bounds.penalty(update, self.logabsdet_frozen + update)
+        with full_precision(self.frozen.device):
+            _, u, _, left, logabsdet = self._perturbation()
+            _, change = slogdet_small(plus_identity(left @ u))
+            return self.bounds.penalty(change, logabsdet + change)
 
     def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
         """Algorithm 2, followed by a probe of what it leaves."""
         a, x = state["frozen"], state["inverse_frozen"]
         u, v = state["u"].to(a.dtype), state["v"].to(a.dtype)
-        right = self._kind.right_factor(a, v)
-        w, z, g = self._kind.inverse_factors(x, u, v)
-        w = w @ inverse_small(g)
-        sign, update = slogdet_small(g)
-        sane = self.bounds.accept(log_singular_values(g), state["logabsdet_frozen"] + update)
-        tried = candidates & update.isfinite() & (sane | force)
+        right, left = (state["right"], v.mT) if self._is_relative else (v.mT, v.mT @ x)
+        g = plus_identity(left @ u)
+        g_inverse = inverse_small(g)
+        factor = g_inverse @ left
+        sign, change = slogdet_small(g)
+        sane = self._is_sane(g, g_inverse, state["logabsdet_frozen"] + change)
+        tried = candidates & change.isfinite() & (sane | force)
         column = tried[..., None, None]
-        u, right, w, z = (torch.where(column, factor, 0.0) for factor in (u, right, w, z))
+        u, right, factor = (torch.where(column, each, 0.0) for each in (u, right, factor))
         new = {
             "frozen": add_product(a, u, right),
-            "inverse_frozen": add_product(x, w, z, alpha=-1.0),
+            "inverse_frozen": add_product(x, x @ u, factor, alpha=-1.0),
             "sign": state["sign"] * torch.where(tried, sign, 1.0),
-            **_add_to_logabsdet(state, torch.where(tried, update, 0.0)),
+            **_add_to_logabsdet(state, torch.where(tried, change, 0.0)),
         }
-        off, condition = probe(new["frozen"], new["inverse_frozen"], state["seed"], state["draws"])
+        off, condition = probe(new["frozen"], new["inverse_frozen"], state["draws"])
         eps = torch.finfo(a.dtype).eps
         # Written so that NaN is doubtful.
         passed = off <= probe_tolerance(self.size) * self.size * eps * condition
@@ -248,6 +260,16 @@ class InvertibleMatrix(PerturbedMatrix):
             corrected, rescued = _settle(state, new, doubtful, condition)
         merged = tried & (~doubtful | corrected)
         return Merged(new, merged, merged & ~sane, corrected, rescued, condition)
+
+    def _is_sane(self, g: Tensor, g_inverse: Tensor, logabsdet: Tensor) -> Tensor:
+        """Where a merge is within its bounds."""
+        # The singular values lie between 1/‖G⁻¹‖ and ‖G‖; mostly that is enough to know.
+        norms = [torch.linalg.matrix_norm(each).log() for each in (g_inverse, g)]
+        sane = self.bounds.accept(torch.stack([-norms[0], norms[1]], -1), logabsdet)
+        return sane if bool(sane.all()) else self.bounds.accept(log_singular_values(g), logabsdet)
+
+    def _rebuilt(self, frozen: Tensor) -> State:
+        return _by_lu(frozen)
 
     def _corrected(self, state: State) -> tuple[State, Tensor]:
         """Inverse, sign and log-determinant of A by LU in float64."""
@@ -261,7 +283,7 @@ class InvertibleMatrix(PerturbedMatrix):
         return kept, usable & lost
 
     def correct(self) -> Tensor:
-        """Compute inverse, sign and log-determinant of A anew, by LU in float64.
+        """Compute inverse, sign and log-determinant of A again, by LU in float64.
 
         What is stored is then right to rounding at any condition, on both sides. Iterating on
         I − A·X costs as much and ends at eps·cond² on the other side (docs/results/correction.md).
@@ -277,30 +299,37 @@ class InvertibleMatrix(PerturbedMatrix):
         logabsdet = state["logabsdet_frozen"].double() + state["logabsdet_carry"].double()
         return state["frozen"], state["inverse_frozen"], state["sign"], logabsdet
 
-    def layout(self) -> tuple[Any, ...]:
-        """What two matrices must have in common to be stacked."""
-        return (*super().layout(), self.bounds, self.perturbation)
+    def _layout(self) -> tuple[Any, ...]:
+        return (*super()._layout(), self.bounds, self.perturbation)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        version = local_metadata.get("version")
-        for kind in _PERTURBATIONS.values():
-            # The tensors are of the same names and shapes, and mean another matrix.
-            if kind.layout_version == version and kind.name != self.perturbation:
-                raise RuntimeError(
+        kind = state_dict.get(prefix + "kind")
+        if isinstance(kind, Tensor) and not kind.is_meta:
+            saved = _KINDS[int(kind)]
+            if saved != self.perturbation:
+                # The tensors are of the same names and shapes, and mean another matrix.
+                error_msgs: list[str] = arguments[-1]
+                error_msgs.append(
                     f"{prefix.rstrip('.') or type(self).__name__} was saved with "
-                    f"perturbation={kind.name!r} and has {self.perturbation!r}: build it with "
-                    f"perturbation={kind.name!r} to load it"
+                    f"perturbation={saved!r} and has {self.perturbation!r}: build it with "
+                    f"perturbation={saved!r} to load it"
                 )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+                return
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Size, batch shape, rank and perturbation, for `repr`."""
         return f"{super().extra_repr()}, perturbation={self.perturbation!r}"
 
 
-def _by_lu(matrix: Tensor) -> dict[str, Tensor]:
+def _is_single(rows: Tensor, frozen: Tensor) -> bool:
+    """Whether hand-written gradients apply: rows of one matrix, and nobody follows operations."""
+    return rows.dim() == 2 and frozen.dim() == 2 and not is_transformed()
+
+
+def _by_lu(matrix: Tensor) -> State:
     """What is stored beside A, computed in float64: buffers by name, in the dtype of A."""
     wide = matrix.double()
     sign, logabsdet = torch.linalg.slogdet(wide)
@@ -311,7 +340,15 @@ def _by_lu(matrix: Tensor) -> dict[str, Tensor]:
         "logabsdet_frozen": rounded,
         "logabsdet_carry": torch.nan_to_num(logabsdet - rounded.double()),
     }
-    return {name: value.to(matrix.dtype) for name, value in derived.items()}
+    return {name: value.to(matrix.dtype).contiguous() for name, value in derived.items()}
+
+
+def _relative_by_lu(matrix: Tensor, v: Tensor) -> State:
+    return {"right": v.mT @ matrix, **_by_lu(matrix)}
+
+
+derivations["additive"] = _by_lu
+derivations["relative"] = _relative_by_lu
 
 
 def _settle(state: State, new: State, doubtful: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from p4flows.matrices.directions import random_signs
 from p4flows.matrices.linear_algebra import norm_1
-from p4flows.matrices.precision import is_autocast
+from p4flows.matrices.precision import full_precision
 
 if TYPE_CHECKING:
     from p4flows.matrices.perturbed import PerturbedMatrix
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 
 
 def probe_tolerance(size: int) -> float:
-    """The multiple of n·eps·‖A‖₁‖A⁻¹‖₁ beyond which a probed inverse is computed anew.
+    """The multiple of n·eps·‖A‖₁‖A⁻¹‖₁ beyond which a probed inverse is derived again.
 
     n signs add up the errors of a row by √n: that is a LAPACK ratio of one when the errors of all
     columns are alike. Where one column has them all the probe is the ratio itself, hence the 16:
@@ -64,7 +64,7 @@ class Merged(NamedTuple):
         state: the new values of what changes.
         merged: as in `MergeOutcome`.
         forced: as in `MergeOutcome`.
-        corrected: the probe found the updated inverse off, and it was computed anew.
+        corrected: the probe found the updated inverse off, and it was derived again.
         rescued: corrected, and there had been not one right digit left.
         condition: ‖A‖₁·‖A⁻¹‖₁ afterwards, float64.
     """
@@ -82,17 +82,17 @@ class MergeReport(NamedTuple):
 
     Attributes:
         outcome: a `MergeOutcome`.
-        corrected: matrices whose inverse was computed anew.
+        corrected: matrices whose inverse was derived again.
         rescued: corrected ones that had not one right digit left.
         condition: as in `Merged`.
-        v: the directions before the merge.
+        before: u and v before the merge.
     """
 
     outcome: MergeOutcome
     corrected: Tensor
     rescued: Tensor
     condition: Tensor
-    v: Tensor
+    before: State
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def merge_together(
     """Merge matrices of one layout by the same calls.
 
     Args:
-        matrices: at least one; where there are several, their `layout()` is the same.
+        matrices: at least one; where there are several, of the same layout.
         force: merge also what is outside its bounds.
         correct: compute all inverses and log-determinants anew as well.
 
@@ -110,25 +110,49 @@ def merge_together(
         A `MergeReport`, with a leading dimension where there are several matrices.
     """
     first = matrices[0]
-    device = first.frozen.device.type
-    if is_autocast(device):
-        with torch.autocast(device, enabled=False):
-            return merge_together(matrices, force, correct)
-    state = read_state(matrices)
+    for matrix in matrices:
+        matrix._refresh(thorough=False)
+    with full_precision(first.frozen.device):
+        after, report = _merged(first, read_state(matrices), force, correct)
+    before = {name: value.clone() for name, value in report.before.items()}
+    write_state(matrices, after)
+    return report._replace(before=before)
+
+
+def _merged(
+    first: "PerturbedMatrix", state: State, force: bool, correct: bool
+) -> tuple[State, MergeReport]:
     finite = (state["u"].isfinite() & state["v"].isfinite()).flatten(-2).all(-1)
     found = first._merged(state, finite, force)
     reset = ~found.merged if force else ~finite
-    after = dict(found.state)
+    after = {**state, **found.state}
     corrected, rescued = found.corrected, found.rescued
     if correct:
-        fresh, lost = first._corrected({**state, **after})
+        fresh, lost = first._corrected(after)
         after.update(fresh)
         corrected, rescued = torch.ones_like(corrected), rescued | lost
-    after.update(first._restarted(state, found.merged | reset))
-    before = state["v"].clone()
-    write_state(matrices, after)
+    if first._keeps_v and not bool(reset.any()):
+        after["u"] = torch.where(found.merged[..., None, None], 0.0, state["u"])
+        after["draws"] = state["draws"] + found.merged
+    else:
+        after.update(first._restarted(state, found.merged | reset))
     outcome = MergeOutcome(found.merged, found.forced, reset)
-    return MergeReport(outcome, corrected, rescued, found.condition, before)
+    before = {name: state[name] for name in ("u", "v")}
+    report = MergeReport(outcome, corrected, rescued, found.condition, before)
+    return changed(first._completed(after), state), report
+
+
+def changed(after: State, before: State) -> State:
+    """What of a state is not the very tensor it was before.
+
+    Args:
+        after: by name.
+        before: by name.
+
+    Returns:
+        The part of `after`.
+    """
+    return {name: value for name, value in after.items() if value is not before.get(name)}
 
 
 def read_state(matrices: Sequence["PerturbedMatrix"]) -> State:
@@ -162,9 +186,11 @@ def write_state(matrices: Sequence["PerturbedMatrix"], state: State) -> None:
         targets += [getattr(matrix, name) for matrix in matrices]
         values += [value] if len(matrices) == 1 else value.unbind()
     torch._foreach_copy_(targets, values)
+    for matrix in matrices:
+        matrix._look()
 
 
-def probe(a: Tensor, x: Tensor, seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+def probe(a: Tensor, x: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     """How far X is from A⁻¹, estimated from one random vector of signs in O(n²).
 
     With such a vector s the expectation of ‖(I − A X)s‖₁ is at least ‖I − A X‖₁.
@@ -172,14 +198,13 @@ def probe(a: Tensor, x: Tensor, seed: Tensor, counter: Tensor) -> tuple[Tensor, 
     Args:
         a: A, shape `(*batch, n, n)`.
         x: X, same shape.
-        seed: with the counter, decides which vector; shape `batch`.
-        counter: shape `batch`.
+        counter: decides which vector; shape `batch`.
 
     Returns:
         The larger one of ‖s − A(X s)‖₁ and ‖s − X(A s)‖₁, and ‖A‖₁·‖X‖₁; float64, shape `batch`,
         not finite where A or X are not.
     """
-    signs = random_signs(seed, counter, a.shape[-1]).to(a.dtype).unsqueeze(-1)
+    signs = random_signs(counter, a.shape[-1]).to(a.dtype).unsqueeze(-1)
     sides = [signs - a @ (x @ signs), signs - x @ (a @ signs)]
     right, left = (side.abs().sum((-2, -1)) for side in sides)
     # maximum, not max: NaN stays NaN.

@@ -3,16 +3,12 @@
 import torch
 from torch import Tensor
 
-from p4flows.matrices.linear_algebra import (
-    add_product,
-    compact_wy,
-    multiply_transposed,
-    newton_schulz,
-    residual,
-)
+from p4flows.matrices.derived import derivations
+from p4flows.matrices.linear_algebra import add_product, compact_wy, newton_schulz, residual
 from p4flows.matrices.merge import Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
-from p4flows.matrices.precision import on_rows, without_autocast
+from p4flows.matrices.precision import full_precision
+from p4flows.matrices.rows import for_each_row
 
 # Two Newton–Schulz steps take an error of this size to 1e-9; beyond it, an SVD is the way.
 _NEARLY_ORTHOGONAL = 1e-2
@@ -63,6 +59,9 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     sign: Tensor
 
+    _derived = ("sign",)
+    _derivation = "orthogonal"
+
     def __init__(
         self,
         size: int,
@@ -75,25 +74,26 @@ class OrthogonalMatrix(PerturbedMatrix):
     ) -> None:
         super().__init__(size, batch_shape, rank, init, device, dtype)
 
-    @on_rows
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x; see `PerturbedMatrix`."""
-        w, t = _reflections(*self.factors())
-        y = x @ self.frozen.mT
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        (frozen,) = self._current("frozen")
+        w, t = _reflections(*self._factors()[1:])
+        y = x @ frozen.mT
         y = y - (y @ w) @ (w @ t).mT
-        return y if bias is None else y + bias.unsqueeze(-2)
+        y = y if bias is None else y + bias.unsqueeze(-2)
+        return y, for_each_row(torch.zeros_like(self.sign), x)
 
-    @on_rows
-    def solve(self, y: Tensor) -> Tensor:
-        """Ã⁻¹ y = Ãᵀ y for rows y; see `PerturbedMatrix`."""
-        w, t = _reflections(*self.factors())
-        return (y - (y @ (w @ t)) @ w.mT) @ self.frozen
+    def _solve(self, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        (frozen,) = self._current("frozen")
+        w, t = _reflections(*self._factors()[1:])
+        x = y if bias is None else y - bias.unsqueeze(-2)
+        return (x - (x @ (w @ t)) @ w.mT) @ frozen, for_each_row(torch.zeros_like(self.sign), y)
 
-    @without_autocast
     def dense(self) -> Tensor:
         """Ã = Q A, shape `(*batch_shape, n, n)`."""
-        w, t = _reflections(*self.factors())
-        return self.frozen - (w @ t) @ (w.mT @ self.frozen)
+        with full_precision(self.frozen.device):
+            (frozen,) = self._current("frozen")
+            w, t = _reflections(*self._factors()[1:])
+            return frozen - (w @ t) @ (w.mT @ frozen)
 
     def inverse(self) -> Tensor:
         """Ã⁻¹ = Ãᵀ, shape `(*batch_shape, n, n)`."""
@@ -101,7 +101,8 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign of det Ã and ln|det Ã| = 0, each of shape `batch_shape`."""
-        return self.sign, torch.zeros_like(self.sign)
+        (sign,) = self._current("sign")
+        return sign, torch.zeros_like(sign)
 
     def penalty(self) -> Tensor:
         """Zero, shape `batch_shape`: no product of reflections is ill-conditioned."""
@@ -132,27 +133,36 @@ class OrthogonalMatrix(PerturbedMatrix):
         frozen, sign = state["frozen"], state["sign"]
         return frozen, frozen.mT, sign, torch.zeros_like(sign)
 
-    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A and the sign of its determinant, computed once in float64."""
-        wide = matrix.double()
-        deviation = _deviation(wide)
-        if not bool((deviation < _NEARLY_ORTHOGONAL).all()):
+    def _state_of(self, matrix: Tensor, dtype: torch.dtype) -> State:
+        deviation = _deviation(matrix.double())
+        # What rounding to the dtype it came in does to an orthogonal matrix.
+        allowed = max(_NEARLY_ORTHOGONAL, self._rounding_of(matrix, dtype))
+        if not bool((deviation < allowed).all()):
             raise ValueError(
                 f"init must be orthogonal, got a matrix with ‖AᵀA − I‖ = {deviation.max():.1e}"
             )
-        frozen = newton_schulz(newton_schulz(wide)).to(matrix.dtype)
-        return {"frozen": frozen, "sign": torch.linalg.slogdet(wide).sign.to(matrix.dtype)}
+        return _polar(matrix)
+
+    @staticmethod
+    def _rounding_of(matrix: Tensor, dtype: torch.dtype) -> float:
+        return matrix.shape[-1] * torch.finfo(dtype).eps
+
+    def _rebuilt(self, frozen: Tensor) -> State:
+        return _polar(frozen)
+
+    def _is_in_set(self, state: State) -> Tensor:
+        return _deviation(state["frozen"]) < _NEARLY_ORTHOGONAL
 
     def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
         """A ← Q A, followed by a probe of what it leaves."""
         frozen = state["frozen"]
         w, t = _reflections(*(state[name].to(frozen.dtype) for name in ("u", "v")))
-        left, right = w @ t, multiply_transposed(frozen, w)
-        merged = candidates & (left.isfinite() & right.isfinite()).flatten(-2).all(-1)
+        left, right = w @ t, w.mT @ frozen
+        merged = candidates & (left.isfinite() & right.mT.isfinite()).flatten(-2).all(-1)
         column = merged[..., None, None]
         left, right = (torch.where(column, factor, 0.0) for factor in (left, right))
         new = add_product(frozen, left, right, alpha=-1.0)
-        off, condition = probe(new, new.mT, state["seed"], state["draws"])
+        off, condition = probe(new, new.mT, state["draws"])
         rounding = self.size * torch.finfo(frozen.dtype).eps * condition
         # Written so that NaN is off. Without the tolerance of other matrices: ‖A‖₁·‖Aᵀ‖₁ grows with
         # n by itself, where the true condition is one.
@@ -187,6 +197,18 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """
     left, _, right = torch.linalg.svd(matrix.double())
     return (left @ right).to(matrix.dtype)
+
+
+def _polar(matrix: Tensor) -> State:
+    """The nearest orthogonal matrix, and the sign of its determinant."""
+    nearest = nearest_orthogonal(matrix)
+    return {
+        "frozen": nearest,
+        "sign": torch.linalg.slogdet(nearest.double()).sign.to(matrix.dtype),
+    }
+
+
+derivations["orthogonal"] = _polar
 
 
 def _deviation(matrix: Tensor) -> Tensor:

@@ -1,38 +1,61 @@
 """PerturbedMatrix: a frozen matrix with a small trainable perturbation (paper, Section 2.1)."""
 
 import abc
-import copy
+import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from p4flows.arguments import check_positive_int, is_int
-from p4flows.matrices.directions import Draw, basis_columns, standard_normal
+from p4flows.arguments import check_floating, check_positive_int, is_int
+from p4flows.matrices.derived import current, fingerprint, sample
+from p4flows.matrices.directions import basis_columns, standard_normal
 from p4flows.matrices.error import MatrixError, error_of_state
 from p4flows.matrices.merge import (
     Merged,
     MergeOutcome,
     State,
+    changed,
     merge_together,
     read_state,
     write_state,
 )
-from p4flows.matrices.perturbation import for_each_row
-from p4flows.matrices.precision import on_rows, storage_dtype, without_autocast
+from p4flows.matrices.precision import (
+    dtype_of_outputs,
+    full_precision,
+    is_autocast,
+    storage_dtype,
+)
 
-_DRAWS = {"normal": standard_normal, "basis": basis_columns}
+# Writes to u without a merge after which a matrix counts as forgotten; a step is one or two.
+_FORGOTTEN_AFTER = 2000
 
-_living: "weakref.WeakSet[PerturbedMatrix]" = weakref.WeakSet()
+
+class NotMergedWarning(UserWarning):
+    """u of a P4 layer has been trained for long, and nothing has merged it.
+
+    A layer whose rank k is below n then stays within rank k of the matrix it started from. A
+    forgotten `MergeHook` is one cause, a hook that is bound to another optimizer is another.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", NotMergedWarning)  # where this is meant
+    """
 
 
-def living_matrices() -> "list[PerturbedMatrix]":
-    """All perturbed matrices there are, copies and unpickled ones included."""
-    return list(_living)
+class SingularError(ValueError):
+    """A was written from outside and is not in S: nothing can be derived from it."""
+
+
+def is_transformed() -> bool:
+    """Whether the compiler or torch.func has to see each operation."""
+    # torch has no public way to ask for the second.
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _initial_matrix(size: int, batch_shape: tuple[int, ...], init: str | Tensor) -> Tensor:
@@ -64,11 +87,15 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     The perturbation has two factors B = (u, v). Whatever v is, u = 0 gives the identity
     (B₀ of the paper); v holds the random directions in which u can move the matrix. A step of the
-    optimizer trains u and v; `merge` carries them into A (equations 1 and 2) and starts again
-    from u = 0 and a fresh v. Neither `train`, `eval` nor reading changes any number.
+    optimizer trains u; `merge` carries it into A (equations 1 and 2) and starts again from u = 0
+    and a fresh v. Neither `train`, `eval` nor reading changes what the matrix is.
 
-    A new property is a subclass that implements `multiply`, `solve`, `dense`, `inverse`, `slogdet`,
-    `penalty`, `_state_of`, `_stored`, `_merged` and `_corrected`.
+    What is derived from A is stored beside it, with a fingerprint of A. Whoever writes A from
+    outside (an average of weights, `copy_`, `load_state_dict`) need not care: what no longer
+    belongs to A is derived again when the matrix is next read, in O(n³).
+
+    A new property is a subclass that implements the abstract methods and sets `_deciding` and
+    `_draw`.
 
     It is a parametrization in the sense of `torch.nn.utils.parametrize` as well: called, it returns
     Ã, and `right_inverse` takes a matrix over. It brings its own parameters, so that the weight it
@@ -86,11 +113,11 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     Attributes:
         u: parameter, shape `(*batch_shape, size, rank)`, zero after a merge.
-        v: parameter, same shape, drawn so that E[v vᵀ] is the same multiple of I at every rank.
+        v: parameter, same shape.
         frozen: buffer, A.
+        fingerprint: buffer, int64 of shape `batch_shape`: of what the other buffers belong to.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
-        draw: how, "normal" or "basis"; see `draw_as`, which a `MergeHook` calls.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -98,21 +125,31 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             or outside of S.
     """
 
-    _version = 1
-    _init: str
-    draw: Draw = "normal"
-
     u: nn.Parameter
     v: nn.Parameter
     frozen: Tensor
+    fingerprint: Tensor
     seed: Tensor
     draws: Tensor
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Entered among the living, for copies and pickles do not call the constructor."""
-        matrix = super().__new__(cls)
-        _living.add(matrix)
-        return matrix
+    # What decides the rest of the state, and what a state_dict has of that rest.
+    _deciding: tuple[str, ...] = ("frozen",)
+    _derived: tuple[str, ...] = ()
+    # The name of its `Derivation`, for compiled graphs.
+    _derivation: str
+    # "normal": independent draws. "basis": the next columns of random orthogonal bases.
+    _draw: str = "normal"
+    # The length of v, relative to E[v vᵀ] = I, and whether an optimizer trains it.
+    _scale = 1.0
+    _trains_v = True
+    # The tensors that decide and their versions, when the state was last known to belong to them.
+    _seen: tuple[tuple[Tensor, int | None], ...] = ()
+    _sample: float | None = None
+    # A weak reference to the `MergeHook` that merges it, if any.
+    _hook: "weakref.ref[Any] | None" = None
+    # The version of u after the last merge, and how many more mean that it is forgotten.
+    _merged_at = 0
+    _forgotten_after = _FORGOTTEN_AFTER
 
     def __init__(
         self,
@@ -140,22 +177,22 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         # On the CPU first: a device may be meta, where nothing can be computed or checked.
         with torch.device("cpu" if home is None else home):
             initial = _initial_matrix(size, batch_shape, init)
-            initial = initial if dtype is None else initial.to(dtype)
-            frozen = initial.to(storage_dtype(initial.dtype))
-            for name, value in self._state_of(frozen).items():
+            dtype = initial.dtype if dtype is None else dtype
+            frozen = initial.to(storage_dtype(dtype))
+            self.register_buffer("fingerprint", frozen.new_zeros(batch_shape, dtype=torch.int64))
+            for name, value in self._state_of(frozen, initial.dtype).items():
                 self.register_buffer(name, value)
-            self.u = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
-            self.v = nn.Parameter(initial.new_zeros(*batch_shape, size, rank))
+            self.u = nn.Parameter(frozen.new_zeros(*batch_shape, size, rank, dtype=dtype))
+            self.v = nn.Parameter(torch.zeros_like(self.u))
             self.register_buffer("seed", frozen.new_zeros(batch_shape, dtype=torch.int64))
             self.register_buffer("draws", torch.zeros_like(self.seed))
+            self._register_more()
             self._start()
         self._init = init if isinstance(init, str) else "identity"
         self.to(device)
 
-    @property
-    def _scale(self) -> float:
-        """The length of v, relative to E[v vᵀ] = I."""
-        return 1.0
+    def _register_more(self) -> None:
+        """Buffers of a subclass that are known when u and v are."""
 
     @property
     def size(self) -> int:
@@ -172,21 +209,47 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Shape of the batch of matrices, `()` for a single one."""
         return self.frozen.shape[:-2]
 
-    @abc.abstractmethod
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Ã x + bias for rows x: no n × n matrix is formed or differentiated (Appendix B).
+        """Ã x + bias for rows x.
 
         Args:
             x: shape `(*batch_shape, N, n)`.
             bias: shape `(*batch_shape, n)` or None.
 
         Returns:
-            Tensor of the shape of x. Cost O(n²N).
+            Tensor of the shape of x.
         """
+        return self.multiply_and_logabsdet(x, bias)[0]
 
-    @abc.abstractmethod
     def solve(self, y: Tensor) -> Tensor:
-        """Ã⁻¹ y for rows y of shape `(*batch_shape, N, n)`, in O(n²N)."""
+        """Ã⁻¹ y for rows y of shape `(*batch_shape, N, n)`."""
+        return self.solve_and_logabsdet(y)[0]
+
+    def multiply_and_logabsdet(
+        self, x: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer returns in the forward direction.
+
+        Args:
+            x: shape `(*batch_shape, N, n)`.
+            bias: b, shape `(*batch_shape, n)`, or None.
+
+        Returns:
+            Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`. Cost O(n²N).
+        """
+        return self._pass(self._multiply, x, bias)
+
+    def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What a layer returns in the inverse direction.
+
+        Args:
+            y: shape `(*batch_shape, N, n)`.
+            bias: b, shape `(*batch_shape, n)`, or None.
+
+        Returns:
+            Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`. Cost O(n²N).
+        """
+        return self._pass(self._solve, y, bias)
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
@@ -200,21 +263,28 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Sign and log absolute determinant of Ã, each of shape `batch_shape`, in O(n²k)."""
 
+    @abc.abstractmethod
+    def penalty(self) -> Tensor:
+        """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
+
     @torch.no_grad()
-    @without_autocast
     def correct(self) -> Tensor:
         """Rectify the rounding errors of past merges, in O(n³).
 
         Returns:
             Boolean tensor of shape `batch_shape`: what had to be rebuilt from A.
         """
-        state, rescued = self._corrected(read_state([self]))
-        write_state([self], state)
+        before = read_state([self])
+        with full_precision(self.frozen.device):
+            corrected, rescued = self._corrected(before)
+        state = self._completed({**before, **corrected})
+        # What could not be corrected does not belong to A still.
+        right = self._is_in_set(state)
+        state["fingerprint"] = torch.where(right, state["fingerprint"], before["fingerprint"])
+        write_state([self], changed(state, before))
+        if not bool(right.all()):
+            self._seen = ()
         return rescued
-
-    @abc.abstractmethod
-    def penalty(self) -> Tensor:
-        """Penalty on ill-conditioned perturbations, shape `batch_shape`, differentiable."""
 
     def error(self) -> MatrixError:
         """How far the stored inverse and log-determinant are from those of A, in O(n³).
@@ -229,66 +299,15 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             >>> bool(InvertibleMatrix(3, batch_shape=(2,)).error().worst().ratio <= 1)
             True
         """
+        with contextlib.suppress(SingularError):
+            self._refresh()
         return error_of_state(*self._stored(read_state([self])))
-
-    @abc.abstractmethod
-    def _stored(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A, A⁻¹, the sign and ln|det A| of a state of this layout."""
-
-    @abc.abstractmethod
-    def _state_of(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The buffers that store a given A, "frozen" among them; ValueError when A is not in S."""
-
-    @abc.abstractmethod
-    def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
-        """What a merge makes of a state of this layout; it writes nothing.
-
-        Candidates have a finite perturbation. What is not merged keeps its values.
-        """
-
-    @abc.abstractmethod
-    def _corrected(self, state: State) -> tuple[State, Tensor]:
-        """What a correction makes of a state, and what had to be rebuilt; it writes nothing."""
-
-    @on_rows
-    def multiply_and_logabsdet(
-        self, x: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What a layer returns in the forward direction.
-
-        Args:
-            x: shape `(*batch_shape, N, n)`.
-            bias: b, shape `(*batch_shape, n)`, or None.
-
-        Returns:
-            Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`.
-        """
-        y = self.multiply(x, bias)
-        return y, for_each_row(self.slogdet()[1], y)
-
-    @on_rows
-    def solve_and_logabsdet(self, y: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a layer returns in the inverse direction.
-
-        Args:
-            y: shape `(*batch_shape, N, n)`.
-            bias: b, shape `(*batch_shape, n)`, or None.
-
-        Returns:
-            Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`.
-        """
-        x = self.solve(y if bias is None else y - bias.unsqueeze(-2))
-        return x, for_each_row(-self.slogdet()[1], x)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """u and v in the dtype of A, in which all is computed."""
-        return self.u.to(self.frozen.dtype), self.v.to(self.frozen.dtype)
 
     def merge(self, force: bool = False) -> Tensor:
         """Merge the perturbation into the frozen matrix: A ← R_B(A), then B ← B₀.
 
         The perturbed matrix, its inverse and its determinant do not change beyond rounding; what
-        the stored inverse lost is noticed by a probe and computed anew. All is computed before
+        the stored inverse lost is noticed by a probe and derived again. All is computed before
         anything is written. A perturbation that is not finite is reset and not merged.
 
         Args:
@@ -300,7 +319,6 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """
         return self.attempt_merge(force).merged
 
-    @torch.no_grad()
     def attempt_merge(self, force: bool = False) -> MergeOutcome:
         """As `merge`, with the reasons.
 
@@ -313,32 +331,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         return merge_together([self], force).outcome
 
     @torch.no_grad()
-    def draw_as(self, draw: Draw) -> None:
-        """Draw v another way from now on, and at once where it is still the first one and u = 0.
-
-        Args:
-            draw: "normal": from N(0, I/rank), independent of all draws before (the paper). "basis":
-                the next columns of random orthogonal bases, of the same length, so that the first
-                n directions, and every n after them, are a whole basis; at rank n the first one
-                stays.
-
-        Raises:
-            ValueError: when it is neither.
-        """
-        if draw not in _DRAWS:
-            raise ValueError(f"draw must be 'normal' or 'basis', got {draw!r}")
-        is_new, self.draw = draw != self.draw, draw
-        if is_new and not self.frozen.is_meta:
-            state = read_state([self])
-            untouched = (self.draws == 1) & (self.u == 0).flatten(-2).all(-1)
-            state["draws"] = self.draws - untouched.long()
-            write_state([self], self._restarted(state, untouched))
-
-    @torch.no_grad()
     def reset(self) -> None:
         """Throw the perturbation away: u ← 0, v ← a fresh draw; A stays."""
-        everywhere = torch.ones_like(self.draws, dtype=torch.bool)
-        write_state([self], self._restarted(read_state([self]), everywhere))
+        self._refresh()
+        self._write({}, torch.ones_like(self.draws, dtype=torch.bool))
 
     @torch.no_grad()
     def assign(self, init: str | Tensor) -> None:
@@ -352,15 +348,13 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             ValueError: when it is of another shape, not finite or outside of S. Nothing has changed
                 then.
         """
-        matrix = _initial_matrix(self.size, self.batch_shape, init).to(self.frozen)
-        state = self._state_of(matrix)
-        everywhere = torch.ones_like(self.draws, dtype=torch.bool)
-        state.update(self._restarted(read_state([self]), everywhere))
-        write_state([self], state)
+        matrix = _initial_matrix(self.size, self.batch_shape, init)
+        state = self._state_of(matrix.to(self.frozen), matrix.dtype)
+        self._write(state, torch.ones_like(self.draws, dtype=torch.bool))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin anew, as just constructed: A, u = 0, and a v from a fresh seed.
+        """Begin again, as just constructed: A, u = 0, and a v from a fresh seed.
 
         An `init` that was a tensor is not kept: A is the identity then. Works after `to_empty`.
         """
@@ -368,15 +362,8 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             return
         with torch.device(self.frozen.device):
             matrix = _initial_matrix(self.size, tuple(self.batch_shape), self._init)
-            write_state([self], self._state_of(matrix.to(self.frozen)))
+            write_state([self], self._state_of(matrix.to(self.frozen), matrix.dtype))
         self._start()
-
-    @torch.no_grad()
-    def _start(self) -> None:
-        seed = torch.randint(1 << 62, tuple(self.batch_shape), dtype=torch.int64, device="cpu")
-        self.seed.copy_(seed)
-        self.draws.zero_()
-        self.reset()
 
     def forward(self) -> Tensor:
         """Ã in the dtype of the module, for `torch.nn.utils.parametrize`."""
@@ -387,14 +374,216 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         self.assign(matrix)
         return ()
 
+    def extra_repr(self) -> str:
+        """Size, batch shape and rank, for `repr`."""
+        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
+        return f"size={self.size}{batch}, rank={self.rank}"
+
+    @abc.abstractmethod
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`multiply_and_logabsdet` in the dtype of A, without autocast."""
+
+    @abc.abstractmethod
+    def _solve(self, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`solve_and_logabsdet` in the dtype of A, without autocast."""
+
+    @abc.abstractmethod
+    def _stored(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, A⁻¹, the sign and ln|det A| of a state."""
+
+    @abc.abstractmethod
+    def _state_of(self, matrix: Tensor, dtype: torch.dtype) -> State:
+        """The buffers that store an A that came in some dtype; ValueError when it is not in S."""
+
+    @abc.abstractmethod
+    def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
+        """What a merge makes of a state; it writes nothing.
+
+        Candidates have a finite perturbation. What is not merged keeps its values.
+        """
+
+    @abc.abstractmethod
+    def _corrected(self, state: State) -> tuple[State, Tensor]:
+        """What a correction makes of a state, and what had to be rebuilt; it writes nothing."""
+
+    @abc.abstractmethod
+    def _rebuilt(self, frozen: Tensor) -> State:
+        """What is stored of a matrix that is near S, "frozen" too where it is not in S."""
+
+    @abc.abstractmethod
+    def _is_in_set(self, state: State) -> Tensor:
+        """Where a rebuilt state is that of a matrix in S, boolean of the batch shape."""
+
+    def _completed(self, state: State) -> State:
+        """A state, with what has to follow a change of A or v."""
+        return {**state, "fingerprint": self._fingerprint_of(state)}
+
+    def _fingerprint_of(self, state: State) -> Tensor:
+        dtype = state["frozen"].dtype
+        # The orthogonal A decides, and is derived as well.
+        names = dict.fromkeys((*self._deciding, *self._derived))
+        return fingerprint([state[name].to(dtype) for name in names], state["draws"].dim())
+
+    def _layout(self) -> tuple[Any, ...]:
+        """What two matrices must have in common to be merged by the same calls."""
+        return (type(self), tuple(self.u.shape), self.u.dtype, self.v.dtype, self.u.device)
+
+    def _pass(
+        self,
+        direction: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]],
+        rows: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rows in the dtype of A through a direction, and back in their own."""
+        check_floating(rows)
+        frozen, u, _ = self._tensors()
+        device, own = frozen.device, u.dtype
+        if (
+            rows.dtype == own == frozen.dtype
+            and rows.device == device
+            and not is_autocast(device.type)
+        ):
+            return direction(rows, bias)
+        dtype = dtype_of_outputs(rows, own, device)
+        with full_precision(device):
+            outputs, logabsdet = direction(
+                rows.to(frozen.dtype), None if bias is None else bias.to(frozen.dtype)
+            )
+        return outputs.to(dtype), logabsdet
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, u and v, from where a module keeps them: faster than its attributes, in each step."""
+        return self._buffers["frozen"], self._parameters["u"], self._parameters["v"]  # type: ignore[return-value]
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, and u and v in its dtype, in which all is computed."""
+        frozen, u, v = self._tensors()
+        if u.dtype == frozen.dtype:
+            return frozen, u, v
+        return frozen, u.to(frozen.dtype), v.to(frozen.dtype)
+
+    def _current(self, *names: str) -> list[Tensor]:
+        """Tensors that are stored beside A, and belong to it."""
+        if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            stored = [getattr(self, name) for name in names]
+            state = read_state([self])
+            deciding, derived = (
+                [state[name].to(self.frozen.dtype) for name in group]
+                for group in (self._deciding, self._derived)
+            )
+            return current(
+                self._derivation, " ".join(names), stored, self.fingerprint, deciding, derived
+            )
+        self._refresh()
+        if self.training:
+            self._warn_if_forgotten()
+        return [self._buffers[name] for name in names]  # type: ignore[misc]
+
+    def _is_seen(self) -> bool:
+        """Whether A is the very tensor, unwritten, that the state was last known to belong to."""
+        # Called in each step, and written for it.
+        for name, (tensor, version) in zip(self._deciding, self._seen, strict=False):
+            own = self._buffers[name] if name == "frozen" else self._parameters[name]
+            if own is not tensor or version is None or own._version != version:
+                return False
+        return bool(self._seen)
+
+    def _refresh(self, thorough: bool | None = None) -> None:
+        """Derive again what no longer belongs to A; thorough where it is not being trained."""
+        is_seen = self._is_seen()
+        if thorough is None:
+            thorough = not (self.training and torch.is_grad_enabled())
+        if (is_seen and not thorough) or self._is_out_of_reach():
+            return
+        # An average of weights is read without gradients, and may have been written through
+        # `.data`, which versions do not show.
+        found = sample(self._that_decide())
+        if is_seen and self._sample == found:
+            return
+        with torch.no_grad(), full_precision(self.frozen.device):
+            if not torch.equal(self._fingerprint_of(read_state([self])), self.fingerprint):
+                self._derive()
+                found = sample(self._that_decide())
+        self._look()
+        self._sample = found
+
+    def _is_out_of_reach(self) -> bool:
+        """Whether nothing can be decided by the numbers: the compiler, torch.func, a CUDA graph."""
+        frozen, *factors = self._tensors()
+        return (
+            torch.compiler.is_compiling()
+            or frozen.is_meta
+            or any(map(torch._C._functorch.is_functorch_wrapped_tensor, (frozen, *factors)))
+            or (frozen.is_cuda and torch.cuda.is_current_stream_capturing())
+        )
+
+    def _derive(self) -> None:
+        before = read_state([self])
+        state, refusal = self._rederived(before)
+        if refusal:
+            raise SingularError(f"{self.extra_repr()} was written from outside, and {refusal}")
+        write_state([self], changed(state, before))
+
+    def _rederived(self, state: State) -> tuple[State, str]:
+        """A state whose A decides all else, or why it is refused."""
+        frozen = state["frozen"]
+        if not bool(frozen.isfinite().all()):
+            return state, "its matrix is not finite"
+        state = {**state, **self._rebuilt(frozen)}
+        if not bool(self._is_in_set(state).all()):
+            return state, "its matrix is singular to working precision"
+        return self._completed(state), ""
+
+    def _look(self) -> None:
+        """Remember that the state has just been written, and belongs to A as it is now."""
+        self._seen = tuple(
+            (tensor, None if tensor.is_inference() else tensor._version)
+            for tensor in self._that_decide()
+        )
+        self._merged_at = 0 if self.u.is_inference() else self.u._version
+        self._sample = None
+
+    def _that_decide(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._deciding]
+
+    def _warn_if_forgotten(self) -> None:
+        """Once, when an optimizer has stepped u for long and nothing has merged it."""
+        u: Tensor = self._parameters["u"]  # type: ignore[assignment]
+        if u.is_inference() or u._version - self._merged_at <= self._forgotten_after:
+            return
+        if u.requires_grad and torch.is_grad_enabled():
+            self._forgotten_after = 1 << 62
+            low = f", which stays within rank {self.rank} of where it was"
+            warnings.warn(
+                f"u of a P4 layer ({self.extra_repr()}) has been written {_FORGOTTEN_AFTER} times "
+                f"without a merge{low if self.rank < self.size else ''}: "
+                "make MergeHook(module, optimizer) before the training",
+                NotMergedWarning,
+                stacklevel=2,
+            )
+
+    def _start(self) -> None:
+        with torch.no_grad():
+            seed = torch.randint(1 << 62, tuple(self.batch_shape), dtype=torch.int64, device="cpu")
+            self.seed.copy_(seed)
+            self.draws.zero_()
+            self._write({}, torch.ones_like(self.draws, dtype=torch.bool))
+
+    def _write(self, changes: State, restarted: Tensor) -> None:
+        """Write a state with some perturbations restarted."""
+        before = read_state([self])
+        state = {**before, **changes}
+        state.update(self._restarted(state, restarted))
+        write_state([self], changed(self._completed(state), before))
+
     def _restarted(self, state: State, where: Tensor) -> State:
-        """u = 0 and v drawn anew for the matrices in `where`."""
+        """u = 0 and v drawn again for the matrices in `where`."""
         seed, draws, v = state["seed"], state["draws"], state["v"]
-        # All directions are in the first basis already: in another one, an optimizer's averages of
-        # squares would be those of other directions.
-        stays = self.draw == "basis" and self.rank == self.size
-        counter = torch.zeros_like(draws) if stays else draws
-        fresh = _DRAWS[self.draw](seed, counter, (self.size, self.rank))
+        shape = (self.size, self.rank)
+        if self._draw == "normal":
+            fresh = standard_normal(seed, draws, shape)
+        else:
+            fresh = basis_columns(seed, torch.zeros_like(draws) if self._keeps_v else draws, shape)
         fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(v.dtype)
         column = where[..., None, None]
         return {
@@ -403,57 +592,26 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             "draws": draws + where,
         }
 
-    @classmethod
-    def stack(cls, matrices: Sequence[Self]) -> Self:
-        """One batched matrix that holds copies of several of the same shape and kind.
+    @property
+    def _keeps_v(self) -> bool:
+        """Whether all directions are in the first v, which then stays.
 
-        Args:
-            matrices: at least one; same class, size, rank, dtype, device and bounds.
-
-        Returns:
-            A matrix of `batch_shape = (len(matrices), *matrices[0].batch_shape)`.
-
-        Raises:
-            ValueError: when they differ.
+        In another basis, an optimizer's averages of squares would be those of other directions.
         """
-        if len({matrix.layout() for matrix in matrices}) != 1:
-            found = sorted({str(matrix.layout()) for matrix in matrices})
-            raise ValueError(f"matrices must be one or more of the same layout, got {found}")
-        stacked = copy.deepcopy(matrices[0])
-        for name, own in (*stacked.named_parameters(), *stacked.named_buffers()):
-            value = torch.stack([getattr(matrix, name).detach() for matrix in matrices])
-            is_parameter = isinstance(own, nn.Parameter)
-            setattr(
-                stacked, name, nn.Parameter(value, own.requires_grad) if is_parameter else value
-            )
-        return stacked
+        return self._draw == "basis" and self.rank == self.size
 
-    @torch.no_grad()
-    def unstack_into(self, matrices: Sequence["PerturbedMatrix"]) -> None:
-        """Write the state of a stacked matrix back into the matrices it was made from.
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; what is stored is compared with A when the matrix is next read."""
+        self._seen = ()
+        return super().train(mode)
 
-        Args:
-            matrices: as many as the leading dimension of `batch_shape`, in the order of `stack`.
-        """
-        for name, stacked in (*self.named_parameters(), *self.named_buffers()):
-            targets = [getattr(matrix, name) for matrix in matrices]
-            torch._foreach_copy_(targets, list(stacked.unbind()))
-
-    def layout(self) -> tuple[Any, ...]:
-        """What two matrices must have in common to be stacked."""
-        return (
-            type(self).__name__,
-            tuple(self.u.shape),
-            self.u.dtype,
-            self.u.device,
-            self.u.requires_grad,
-            self.v.requires_grad,
-            self.draw,
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        # Of these very tensors, and of the optimizer that steps them.
+        own = ("_seen", "_sample", "_merged_at", "_hook")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to()`, `.double()` and `.cuda()` call."""
-        before = self.frozen.dtype
         stored = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frozen.dtype != storage_dtype(self.frozen.dtype):
@@ -463,69 +621,70 @@ class PerturbedMatrix(nn.Module, abc.ABC):
                 if buffer is not None and moved is not None and buffer.is_floating_point():
                     dtype = storage_dtype(moved.dtype)
                     self._buffers[name] = buffer.to(device=moved.device, dtype=dtype)
-        finer = torch.finfo(self.frozen.dtype).eps < torch.finfo(before).eps
-        if finer and not self.frozen.is_meta:
-            # What was kept beside A is as exact as the narrower dtype let it be.
-            self.correct()
         return self
 
-    def extra_repr(self) -> str:
-        """Size, batch shape and rank, for `repr`."""
-        batch = f", batch_shape={tuple(self.batch_shape)}" if self.batch_shape else ""
-        return f"size={self.size}{batch}, rank={self.rank}"
-
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        version = local_metadata.get("version", self._version)
-        if version > self._version:
-            raise RuntimeError(
-                f"{prefix.rstrip('.') or type(self).__name__} was saved with state layout version "
-                f"{version}, newer than {self._version}: update p4flows to load it"
-            )
-        repaired = self._belonging(state_dict, prefix)
-        saved = {prefix + n: value for n, value in repaired.items() if prefix + n in state_dict}
-        super()._load_from_state_dict({**state_dict, **saved}, prefix, local_metadata, *args)
-        # What was not saved is not loaded, and would stay that of the matrix before.
-        with torch.no_grad():
-            for name, value in repaired.items():
-                if prefix + name not in state_dict:
-                    getattr(self, name).copy_(value)
-
-    @torch.no_grad()
-    def _belonging(self, state_dict: dict[str, Any], prefix: str) -> State:
-        """What of a state to be loaded does not belong to its A, computed anew; by name."""
-        names = [
-            name for name in self._buffers if isinstance(state_dict.get(prefix + name), Tensor)
-        ]
-        found = {name: state_dict[prefix + name] for name in names}
-        if "frozen" not in found or found["frozen"].is_meta or self.frozen.is_meta:
-            return {}
-        if any(found[name].shape != getattr(self, name).shape for name in names):
-            return {}  # torch says so itself
-        state = {
-            name: found.get(name, getattr(self, name)).to(getattr(self, name))
-            for name in self._buffers
-        }
-        layer = prefix.rstrip(".") or type(self).__name__
-        if not bool(state["frozen"].isfinite().all()):
-            raise RuntimeError(f"{layer}: frozen of the state is not finite: nothing was loaded")
-        error = error_of_state(*self._stored(state))
-        if bool(error.is_right(self.size, self.frozen.dtype).all()):
-            return {}
-        fresh, _ = self._corrected(state)
-        if not bool(
-            error_of_state(*self._stored({**state, **fresh}))
-            .is_right(self.size, self.frozen.dtype)
-            .all()
-        ):
-            raise RuntimeError(
-                f"{layer}: frozen of the state is singular to working precision or not in the "
-                "feasible set: nothing was loaded"
-            )
-        warnings.warn(
-            f"{layer}: what the state keeps beside its matrix (inverse, log-determinant) does not "
-            "belong to it and was computed anew",
-            stacklevel=2,
+        """As torch does, and what does not belong to the A that is loaded is derived from it."""
+        assigned = local_metadata.get("assign_to_params_buffers", False)
+        fresh, refusal = self._belonging(state_dict, prefix, assigned)
+        if refusal:
+            layer = prefix.rstrip(".") or type(self).__name__
+            error_msgs.append(f"{layer} was not loaded, all else was: {refusal}")
+            return
+        known = {prefix + n: value for n, value in fresh.items() if prefix + n in state_dict}
+        super()._load_from_state_dict(
+            {**state_dict, **known},
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
         )
-        return fresh
+        for name in fresh.keys() - {key.removeprefix(prefix) for key in known}:
+            own = getattr(self, name)
+            if own.is_meta or own.dtype != fresh[name].dtype:
+                setattr(self, name, fresh[name])
+            else:
+                own.copy_(fresh[name])
+        if fresh:
+            self._look()
+
+    def _belonging(
+        self, state_dict: dict[str, Any], prefix: str, assigned: bool
+    ) -> tuple[State, str]:
+        """What belongs to the A that a state brings, or why that is refused."""
+        own = read_state([self])
+        saved = {
+            name: value.detach()
+            for name in own
+            if isinstance(value := state_dict.get(prefix + name), Tensor)
+        }
+        if any(value.shape != own[name].shape for name, value in saved.items()):
+            return {}, ""  # torch says so itself
+        state = {**own, **saved}
+        if not saved.keys() & {*self._deciding, *self._derived} or state["frozen"].is_meta:
+            return {}, ""
+        like = state["frozen"] if assigned else own["frozen"]
+        for name, value in state.items():
+            if value.is_meta:
+                state[name] = torch.zeros_like(value, device=like.device)
+            elif value.is_floating_point():
+                state[name] = value.to(like)
+        completed = self._completed(state)
+        is_whole = all(name in saved for name in self._derived) and "fingerprint" in saved
+        if is_whole and torch.equal(completed["fingerprint"], state["fingerprint"].to(like.device)):
+            rest = completed.keys() - saved.keys() - {"u", "v", "seed", "draws"}
+            return {name: completed[name] for name in rest}, ""
+        state, refusal = self._rederived(state)
+        rest = state.keys() - {"u", "v", "seed", "draws"}
+        return {name: state[name] for name in rest}, refusal

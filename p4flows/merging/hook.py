@@ -4,29 +4,36 @@ import dataclasses
 import warnings
 import weakref
 from collections import defaultdict
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from p4flows.arguments import check_module, check_positive_int
+from p4flows.arguments import check_module
 from p4flows.matrices import MergeOutcome, PerturbedMatrix
-from p4flows.matrices.directions import Draw
 from p4flows.matrices.error import CONDITION_EPS
 from p4flows.matrices.merge import MergeReport, merge_together
-from p4flows.merging.attaching import drive, driver_of, held, release, unwrapped
-from p4flows.merging.average import AverageWatch
-from p4flows.merging.optimizer_entry import OptimizerEntry
-from p4flows.merging.optimizer_state import (
-    carry_momentum,
-    restart_lbfgs,
-    restart_momentum,
-    restart_parameter,
+from p4flows.merging.optimizer_state import follow_merge
+from p4flows.merging.optimizers import (
+    SavedState,
+    chain_of,
+    held,
+    inner_of,
+    is_at_rest,
+    layout_of,
+    listen,
+    stop_listening,
 )
-from p4flows.merging.processes import Comparison, group_of, refuse_join, refuse_what_cannot_merge
-from p4flows.merging.stats import MergeStats
+from p4flows.merging.processes import (
+    Comparison,
+    group_of,
+    refuse_flattened,
+    refuse_join,
+    refuse_what_cannot_merge,
+)
+from p4flows.merging.schedule import MergeStats, Schedule, Turn
 
 # A stack of small matrices merges in the time of one; copying large ones into a stack and back
 # costs more than the calls it saves (measured: the break-even is between n = 128 and n = 256).
@@ -35,16 +42,27 @@ _STACK_UP_TO = 128
 _COUNTED = ("merged", "forced", "reset", "corrected", "rescued")
 
 
+@dataclasses.dataclass
+class _Attached:
+    """What an optimizer has to do with the matrices."""
+
+    layout: tuple[Any, ...]
+    # None where it does not step them, or only through an optimizer inside of it.
+    saved: SavedState | None
+    # Its own references to optimizers around it, which may keep copies of the weights.
+    around: list[weakref.ref[Any]]
+
+
 class MergeHook:
     """Merges every `PerturbedMatrix` of a module from inside `optimizer.step()` (Algorithm 1).
 
-    Any training loop works unchanged, also one inside another library: without an optimizer the
-    hook attaches itself to whichever one steps the module's u and v, and to its successor with the
-    counts that it has. The counts travel in `optimizer.state_dict()`, in the entry "p4flows" of a
-    parameter group, so that a checkpoint of module and optimizer resumes exactly.
+    Any training loop works unchanged. Without an optimizer the hook attaches itself to whichever
+    one steps the module's u and v, inside another library too, and to its successor with the counts
+    that it has. The counts travel in `optimizer.state_dict()`, so that a checkpoint of module and
+    optimizer resumes exactly.
 
-    A newer hook takes its matrices over from an older one. A hook lives as long as its matrices,
-    held or not. It can be pickled; a copy made together with the module drives the copied module.
+    You need not keep a reference to the hook. A newer hook takes its matrices over from an older
+    one. It can be pickled; a copy that is made together with the module drives the copied module.
 
     Args:
         module: holds the perturbed matrices, at any depth.
@@ -52,25 +70,20 @@ class MergeHook:
             other parameters are not touched. The hook is bound to it. None: whichever optimizer
             steps u and v, which has to hold all of them that are to be trained.
         every: N, optimizer steps between merges; steps that a `GradScaler` skipped do not count.
-        force_every: N_force, merges between forced ones; None is never.
-        correct_every: N_correct, merges between corrections of the inverse; None is never.
-        restart: what happens to the optimizer's state when v is redrawn. "carry": momentum that
-            points along the old v is carried over to the new one, second moments stay. "v" (the
-            paper): the state of v starts anew, u keeps its own. `LBFGS` keeps one history for all
-            parameters together; it starts anew as a whole.
-        draw: how the matrices draw v from now on: "basis", in turn from the columns of random
-            orthogonal bases, or "normal", independently (the paper); see
-            `PerturbedMatrix.draw_as`.
-        process_group: processes that train the same module; they are compared at each merge, by one
-            reduction of a few numbers. By default that of a `DistributedDataParallel` in the
-            module, or none.
+        force_every: N_force, merges (not steps) between forced ones; None is never.
+        correct_every: N_correct, merges (not steps) between corrections of the inverse; None is
+            never.
+        compare_processes: whether processes that train the same module are compared at each merge,
+            by one reduction of a few numbers: those of a `DistributedDataParallel` in the module,
+            else all of `torch.distributed`. False where they train different modules.
 
     Attributes:
         stats: a `MergeStats`.
 
     Raises:
-        TypeError: when an argument has the wrong type, u and v are sharded (FSDP2), or the
-            optimizer is a `ZeroRedundancyOptimizer`.
+        TypeError: when an argument has the wrong type, u and v are sharded, the optimizer is a
+            `ZeroRedundancyOptimizer`, or (from a step) it keeps a copy of the weights that a merge
+            cannot carry over.
         RuntimeError: from `optimizer.step()`, when processes had drifted apart at the last merge.
         ValueError: when an interval is not positive, the module has no perturbed matrix that is to
             be trained, or the optimizer does not hold its u and v; the last also from the first
@@ -90,6 +103,9 @@ class MergeHook:
         2
     """
 
+    _bound: weakref.ref[Optimizer] | None
+    _step_handle: RemovableHandle | None
+
     def __init__(
         self,
         module: nn.Module,
@@ -98,20 +114,15 @@ class MergeHook:
         every: int = 50,
         force_every: int | None = 10,
         correct_every: int | None = 50,
-        restart: Literal["carry", "v"] = "carry",
-        draw: Draw = "basis",
-        process_group: "dist.ProcessGroup | None" = None,
+        compare_processes: bool = True,
     ) -> None:
         check_module(module)
-        inner = unwrapped(optimizer)
+        chain = chain_of(optimizer)
+        inner = chain[-1]
         if inner is not None and not isinstance(inner, Optimizer):
             raise TypeError(f"optimizer must be a torch Optimizer, got {type(optimizer).__name__}")
-        check_positive_int("every", every)
-        for name, interval in (("force_every", force_every), ("correct_every", correct_every)):
-            if interval is not None:
-                check_positive_int(name, interval)
-        if restart not in ("carry", "v"):
-            raise ValueError(f"restart must be 'carry' or 'v', got {restart!r}")
+        self._schedule = Schedule(every, force_every, correct_every)
+        refuse_flattened(module)
         matrices = {
             name or type(found).__name__: found
             for name, found in module.named_modules()
@@ -122,23 +133,19 @@ class MergeHook:
         refuse_what_cannot_merge(matrices, inner)
         if inner is not None:
             _check_held(matrices, inner)
-        for matrix in matrices.values():
-            matrix.draw_as(draw)
-        self.every = every
-        self.force_every = force_every
-        self.correct_every = correct_every
-        self.restart = restart
-        self.draw = draw
         self.stats = MergeStats()
-        self._steps = 0
-        self._merges = 0
-        self._warned_of_condition = False
+        self._warned: set[str] = set()
         self._skipped: Tensor | None = None
-        self._start(matrices, inner)
-        self._among(module, process_group)
-        drive(self, matrices.values())
-        if inner is not None:
-            self.attach(inner)
+        self._compare_processes = compare_processes
+        self._start(matrices, module)
+        self._drive(list(matrices.values()))
+        if inner is None:
+            listen(self._hear)
+        else:
+            self._bound = weakref.ref(inner)
+            self._step_handle = inner.register_step_post_hook(self._after_own_step)
+            around = [weakref.ref(each) for each in chain[:-1] if hasattr(each, "__weakref__")]
+            self._attach(inner, around)
 
     @classmethod
     def paper(
@@ -150,7 +157,7 @@ class MergeHook:
         force_every: int | None = 10,
         correct_every: int | None = 50,
     ) -> Self:
-        """A hook with the paper's settings: independent draws of v, whose state starts anew.
+        """A hook with the intervals of the paper.
 
         Args:
             module: as in the constructor.
@@ -168,9 +175,22 @@ class MergeHook:
             every=every,
             force_every=force_every,
             correct_every=correct_every,
-            restart="v",
-            draw="normal",
         )
+
+    @property
+    def every(self) -> int:
+        """N, optimizer steps between merges."""
+        return self._schedule.every
+
+    @property
+    def force_every(self) -> int | None:
+        """N_force, merges between forced ones."""
+        return self._schedule.force_every
+
+    @property
+    def correct_every(self) -> int | None:
+        """N_correct, merges between corrections."""
+        return self._schedule.correct_every
 
     def is_active(self) -> bool:
         """Whether the next step of an optimizer that holds u and v is counted by this hook.
@@ -181,21 +201,13 @@ class MergeHook:
         """
         if self._bound is not None and self._bound() is None:
             return False
-        return any(driver_of(matrix) is self for matrix in self._alive().values())
-
-    def compare(self, process_group: "dist.ProcessGroup | None") -> None:
-        """Compare processes that train the same module, from now on, or no more.
-
-        Args:
-            process_group: they, all of which have to call it; None for no comparison.
-        """
-        self.process_group = process_group
-        self._comparison = None if process_group is None else Comparison(process_group)
+        return bool(self._driven(self._alive()))
 
     def remove(self) -> None:
         """Take the hook off its matrices and optimizers; the matrices keep their state."""
-        release(self)
-        self.detach()
+        for matrix in self._driven(self._alive()).values():
+            matrix._hook = None
+        self._leave()
 
     @torch.no_grad()
     def merge(self, force: bool = False) -> bool:
@@ -210,14 +222,12 @@ class MergeHook:
         Raises:
             RuntimeError: when the hook drives no matrix: see `is_active`.
         """
-        if not self._driven():
+        if not self._driven(self._trained()):
             raise RuntimeError(
                 "this hook drives no matrix: it was removed, a newer MergeHook took over, or the "
                 "module is gone"
             )
-        merged = self._merge(force, correct=False)
-        self._write()
-        return merged
+        return self._merge(Turn(force, correct=False))
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty C_p·g(u, v) of Appendix A, summed over all matrices.
@@ -226,14 +236,14 @@ class MergeHook:
             strength: C_p, 0.1 in the paper's Table 1.
 
         Returns:
-            A differentiable scalar to add to the loss.
+            A differentiable scalar to add to the loss, on the device of the first matrix.
         """
-        penalties = [matrix.penalty().sum() for matrix in self._matrices.values()]
-        return strength * torch.stack(penalties).sum()
+        penalties = [matrix.penalty().sum() for matrix in self._trained().values()]
+        return strength * torch.stack([each.to(penalties[0]) for each in penalties]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and statistics; the matrices keep the rest in the module's `state_dict`."""
-        state = {"steps": self._steps, "merges": self._merges, "stats": dict(self.stats)}
+        state = {**self._schedule.state_dict(), "stats": dict(self.stats)}
         return state if self._skipped is None else {**state, "skipped": self._skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -243,194 +253,229 @@ class MergeHook:
         """
         self._take_over(state_dict)
         # An optimizer that is not there yet may have a state of its own to offer.
-        self._is_loaded = not self._entries
-        self._write()
-
-    def _take_over(self, state: dict[str, Any]) -> None:
-        self._steps = state["steps"]
-        self._merges = state["merges"]
-        self._skipped = state.get("skipped")
-        self.stats = MergeStats(**state["stats"])
+        self._is_loaded = not self._attached
 
     def __repr__(self) -> str:
         return (
-            f"MergeHook({len(self._matrices)} matrices, every={self.every}, "
-            f"force_every={self.force_every}, correct_every={self.correct_every}, "
-            f"restart={self.restart!r}, draw={self.draw!r})"
+            f"MergeHook({len(self._trained())} matrices, every={self.every}, "
+            f"force_every={self.force_every}, correct_every={self.correct_every})"
         )
 
-    def _start(self, matrices: dict[str, PerturbedMatrix], optimizer: Optimizer | None) -> None:
+    def _start(self, matrices: dict[str, PerturbedMatrix], module: nn.Module | None) -> None:
         """What a copy does not share."""
-        # Weak, because the matrices hold the hook: both shall go when the user lets go of them.
-        self._references = {name: weakref.ref(matrix) for name, matrix in matrices.items()}
-        self._bound = None if optimizer is None else weakref.ref(optimizer)
-        # Of each optimizer that has stepped the matrices.
-        self._entries: weakref.WeakKeyDictionary[Optimizer, OptimizerEntry] = (
+        # Weak, because optimizers hold the hook: matrices shall go when the user lets go of them.
+        self._references = {
+            name: weakref.ref(matrix, self._on_end) for name, matrix in matrices.items()
+        }
+        self._module = None if module is None else weakref.ref(module)
+        self._bound = None
+        self._step_handle = None
+        self._attached: weakref.WeakKeyDictionary[Optimizer, _Attached] = (
             weakref.WeakKeyDictionary()
         )
         self._is_loaded = False
-        self._averages = AverageWatch()
-        self.compare(None)
-        self._wrapped: weakref.ref[nn.Module] | None = None
-
-    def _among(self, module: nn.Module, group: "dist.ProcessGroup | None") -> None:
-        self.compare(group_of(module) if group is None else group)
-        self._wrapped = weakref.ref(module)
+        self._is_prepared = False
+        self._comparison: Comparison | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process group cannot be pickled, and is not that of another run.
-        own = (
-            "_references",
-            "_bound",
-            "_entries",
-            "_is_loaded",
-            "_averages",
-            "process_group",
-            "_comparison",
-            "_wrapped",
-        )
-        state = {name: value for name, value in vars(self).items() if name not in own}
+        names = ("stats", "_schedule", "_warned", "_skipped", "_compare_processes")
+        state = {name: getattr(self, name) for name in names}
         matrices = self._alive()
-        driven = [name for name, matrix in matrices.items() if driver_of(matrix) is self]
-        return {**state, "stats": dataclasses.replace(self.stats), "state": (matrices, driven)}
+        # A copy does not share what goes on counting.
+        state["stats"] = dataclasses.replace(self.stats)
+        return {**state, "matrices": (matrices, list(self._driven(matrices)))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        matrices, driven = state.pop("state")
+        matrices, driven = state.pop("matrices")
         vars(self).update(state)
         self._start(matrices, None)
-        found = [matrices[name] for name in driven]
-        drive(self, [matrix for matrix in found if driver_of(matrix) is None])
+        free = [matrices[name] for name in driven if matrices[name]._hook is None]
+        self._drive(free)
+        if free:
+            listen(self._hear)
+
+    def _drive(self, matrices: list[PerturbedMatrix]) -> None:
+        """Become the only hook of some matrices."""
+        earlier = [each() for each in (matrix._hook for matrix in matrices) if each is not None]
+        for matrix in matrices:
+            matrix._hook = weakref.ref(self)
+            matrix._forgotten_after = max(matrix._forgotten_after, 10 * self.every)
+        for hook in earlier:
+            if hook is not None and not hook._driven(hook._alive()):
+                hook._leave()
+
+    def _leave(self) -> None:
+        stop_listening(self._hear)
+        if self._step_handle is not None:
+            self._step_handle.remove()
+        for attached in self._attached.values():
+            if attached.saved is not None:
+                attached.saved.remove()
+        self._attached.clear()
+        if self._comparison is not None:
+            self._comparison.close()
+            self._comparison = None
+
+    def _on_end(self, reference: object) -> None:
+        """A matrix is gone."""
+        if not self._alive():
+            self._leave()
 
     def _alive(self) -> dict[str, PerturbedMatrix]:
         found = ((name, reference()) for name, reference in self._references.items())
         return {name: matrix for name, matrix in found if matrix is not None}
 
-    @property
-    def _matrices(self) -> dict[str, PerturbedMatrix]:
-        """Those that are to be trained, by name."""
+    def _trained(self) -> dict[str, PerturbedMatrix]:
         return {name: matrix for name, matrix in self._alive().items() if _is_trained(matrix)}
 
-    def _driven(self) -> dict[str, PerturbedMatrix]:
-        """Those of them that no newer hook has taken over."""
-        return {name: m for name, m in self._matrices.items() if driver_of(m) is self}
+    def _driven(self, matrices: dict[str, PerturbedMatrix]) -> dict[str, PerturbedMatrix]:
+        """Those that no newer hook has taken over."""
+        return {
+            name: matrix
+            for name, matrix in matrices.items()
+            if matrix._hook is not None and matrix._hook() is self
+        }
 
-    def _write(self) -> None:
-        for optimizer, entry in self._entries.items():
-            entry.write(optimizer, self.state_dict())
+    def _take_over(self, state: dict[str, Any]) -> None:
+        self._schedule.load_state_dict(state)
+        self._skipped = state.get("skipped")
+        self.stats = MergeStats(**state["stats"])
 
-    def follows(self, optimizer: Optimizer) -> bool:
-        """Whether it merges after the steps of this optimizer."""
-        return self._bound is None or self._bound() is optimizer
+    def _take_over_from_optimizer(self, state: dict[str, Any]) -> None:
+        if not self._is_loaded:
+            self._take_over(state)
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Called before the first step of an optimizer that it follows."""
-        matrices = self._driven()
-        refuse_what_cannot_merge(matrices, optimizer)
-        _check_held(matrices, optimizer)
-        trained = (
-            p for matrix in matrices.values() for p in matrix.parameters() if p.requires_grad
-        )
-        entry = OptimizerEntry(optimizer, next(trained))
-        known = self._entries.get(optimizer)
-        if known is not None and (known.group, known.key) == (entry.group, entry.key):
+    def _hear(self, optimizer: Optimizer) -> None:
+        """Any optimizer has taken a step."""
+        attached = self._attached.get(optimizer)
+        if attached is None or attached.layout != layout_of(optimizer):
+            attached = self._attach(optimizer, [])
+        if attached.saved is not None:
+            self._after_step(optimizer)
+
+    def _attach(self, optimizer: Optimizer, around: "list[weakref.ref[Any]]") -> _Attached:
+        """Find out what an optimizer has to do with the matrices."""
+        known = self._attached.get(optimizer)
+        saved = None if known is None else known.saved
+        around = around if known is None else known.around
+        matrices = self._driven(self._trained())
+        trained = _trained_parameters(matrices)
+        inner = inner_of(optimizer)
+        if held(optimizer).isdisjoint(map(id, trained)):
+            saved = None
+        elif inner is not None:
+            saved = None
+            if inner in self._attached:
+                self._attached[inner].around.append(weakref.ref(optimizer))
+        elif saved is None:
+            refuse_what_cannot_merge(matrices, optimizer)
+            _check_held(matrices, optimizer)
+            saved = SavedState(
+                optimizer, trained[0], self.state_dict, self._take_over_from_optimizer
+            )
+            self._is_loaded = False
+        self._attached[optimizer] = _Attached(layout_of(optimizer), saved, around)
+        return self._attached[optimizer]
+
+    def _after_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._after_step(optimizer)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if is_at_rest(optimizer) and not any(
+            parameter.grad is not None and bool(parameter.grad.any())
+            for parameter in _trained_parameters(self._trained())
+        ):
+            # torch.distributed.checkpoint takes such a step to see what the state looks like.
             return
-        if known is not None:
-            known.erase(optimizer)
-        self._entries[optimizer] = entry
-        loaded = entry.loaded(optimizer)
-        if loaded is not None and not self._is_loaded:
-            self._take_over(loaded)
-        self._is_loaded = False
-        entry.write(optimizer, self.state_dict())
-
-    def detach(self) -> None:
-        """Called when some of its matrices were given to another hook."""
-        for optimizer, entry in self._entries.items():
-            entry.erase(optimizer)
-        self._entries.clear()
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """Called after each step of an optimizer that it follows."""
-        entry = self._entries[optimizer]
-        loaded = entry.loaded(optimizer)
-        if loaded is not None:
-            self._take_over(loaded)
-        self._steps += 1
+        if not self._is_prepared:
+            self._prepare()
         if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
             # A fused optimizer skips inside of its kernel; reading that at each step would wait
             # for the device each time.
             skipped = (found_inf != 0).to(torch.int64)
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
-        if self._steps % self.every == 0 and not self._discount_skipped():
-            self._merges += 1
-            force = self.force_every is not None and self._merges % self.force_every == 0
-            correct = self.correct_every is not None and self._merges % self.correct_every == 0
+        if self._schedule.step() and not self._discount_skipped():
+            turn = self._schedule.turn()
             if self._comparison is not None:
-                refuse_join(None if self._wrapped is None else self._wrapped())
-                self._comparison.start(self._driven(), self._steps)
-            self._averages.look(self._driven().values(), self.every)
-            self._merge(force, correct)
-        entry.write(optimizer, self.state_dict())
+                refuse_join(None if self._module is None else self._module())
+                self._comparison.start(self._driven(self._trained()), self._schedule.steps)
+            self._merge(turn)
+
+    def _prepare(self) -> None:
+        """At the first step, when all processes are here."""
+        self._is_prepared = True
+        group = group_of(None if self._module is None else self._module())
+        if self._compare_processes and group is not None:
+            self._comparison = Comparison(group)
 
     def _discount_skipped(self) -> int:
         """Take back the steps that a GradScaler skipped; their number."""
         if self._skipped is None:
             return 0
         skipped, self._skipped = int(self._skipped), None
-        self._steps -= skipped
+        self._schedule.steps -= skipped
         return skipped
 
     @torch.no_grad()
-    def _merge(self, force: bool, correct: bool) -> bool:
+    def _merge(self, turn: Turn) -> bool:
+        matrices = self._driven(self._trained())
+        refuse_what_cannot_merge(matrices, None)
         complete = True
-        for group in self._groups():
-            matrices = list(group.values())
-            report = merge_together(matrices, force, correct)
+        for group in _groups(matrices):
+            report = merge_together(list(group.values()), turn.force, turn.correct)
             # All that the host has to know of the group, in one read.
-            numbers = _for_host(report, len(matrices))
+            numbers = _for_host(report, len(group))
             self._count(numbers)
             complete = complete and bool((numbers["merged"] > 0).all())
-            self._restart_states(matrices, report, numbers)
-            self._watch_condition(group, numbers["condition"])
+            self._follow(group, report, numbers)
+            self._warn_of_resets(group, numbers["reset"])
+            self._warn_of_condition(group, numbers["condition"])
         return complete
 
-    def _restart_states(
-        self, matrices: list[PerturbedMatrix], report: MergeReport, numbers: dict[str, Tensor]
+    def _follow(
+        self, group: dict[str, PerturbedMatrix], report: MergeReport, numbers: dict[str, Tensor]
     ) -> None:
-        reset = (numbers["reset"] > 0).any(-1)
-        changed = (reset | (numbers["merged"] > 0).any(-1)).tolist()
-        rows = [report.v, *report.outcome]
-        each = zip(*(row.unbind() for row in rows), strict=True) if len(matrices) > 1 else [rows]
-        for index, (matrix, (before, *masks)) in enumerate(zip(matrices, each, strict=True)):
+        """Tell every optimizer that steps the matrices: two may take turns."""
+        changed = (numbers["merged"] + numbers["reset"] > 0).any(-1).tolist()
+        for index, matrix in enumerate(group.values()):
             if not changed[index]:
                 continue
-            # Two optimizers may take turns, and one that was replaced may come back.
-            for optimizer in self._entries:
-                outcome = MergeOutcome(*masks)
-                self._restart_state(optimizer, matrix, before, outcome, bool(reset[index]))
+            # Where several merged together, a row is that of one of them.
+            row = ... if len(group) == 1 else index
+            before = {name: value[row] for name, value in report.before.items()}
+            outcome = MergeOutcome(*(mask[row] for mask in report.outcome))
+            for optimizer, attached in self._attached.items():
+                if attached.saved is not None:
+                    around = [found for each in attached.around if (found := each()) is not None]
+                    follow_merge([*around, optimizer], matrix, before, outcome)
 
-    def _watch_condition(self, group: dict[str, PerturbedMatrix], condition: Tensor) -> None:
-        """Tell the user once when the dtype cannot carry a matrix any more."""
+    def _warn_of_resets(self, group: dict[str, PerturbedMatrix], reset: Tensor) -> None:
+        names = [name for name, row in zip(group, reset, strict=True) if bool((row > 0).any())]
+        if names:
+            self._warn_once(
+                "reset",
+                f"the perturbation of {', '.join(names)} was not finite or made the matrix "
+                "singular, and was reset. One reset is harmless; repeated resets mean that the "
+                "learning rate is too high or that the loss is not finite",
+            )
+
+    def _warn_of_condition(self, group: dict[str, PerturbedMatrix], condition: Tensor) -> None:
         dtype = next(iter(group.values())).frozen.dtype
-        eps = torch.finfo(dtype).eps
         worst = condition.amax(-1).tolist()
+        eps = torch.finfo(dtype).eps
         beyond = [name for name, c in zip(group, worst, strict=True) if not c * eps < CONDITION_EPS]
-        if beyond and not self._warned_of_condition:
-            self._warned_of_condition = True
-            warnings.warn(
+        if beyond:
+            self._warn_once(
+                "condition",
                 f"{', '.join(beyond)}: condition numbers up to {max(worst):.0e}, of which {dtype} "
                 "keeps less than a digit in the inverse direction. Train in float64, with narrower "
                 "bounds or with hook.penalty; p4flows.diagnose(module) shows each layer",
-                stacklevel=2,
             )
 
-    def _groups(self) -> list[dict[str, PerturbedMatrix]]:
-        """The matrices by name, those together that can be merged by the same calls."""
-        groups: dict[Any, dict[str, PerturbedMatrix]] = defaultdict(dict)
-        for name, matrix in self._driven().items():
-            alone = name if matrix.size > _STACK_UP_TO else ""
-            groups[matrix.layout(), alone][name] = matrix
-        return list(groups.values())
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            warnings.warn(message, stacklevel=2)
 
     def _count(self, numbers: dict[str, Tensor]) -> None:
         counts = {name: int(number.sum()) for name, number in numbers.items() if name in _COUNTED}
@@ -439,26 +484,14 @@ class MergeHook:
         attempted = numbers["merged"].numel()
         self.stats.skipped += attempted - counts["merged"] - counts["reset"]
 
-    def _restart_state(
-        self,
-        optimizer: Optimizer,
-        matrix: PerturbedMatrix,
-        before: Tensor,
-        outcome: MergeOutcome,
-        any_reset: bool,
-    ) -> None:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            restart_lbfgs(optimizer)
-            return
-        if self.restart == "carry":
-            carry_momentum(optimizer, matrix.u, before, matrix.v, outcome.merged)
-            restart_momentum(optimizer, matrix.v, outcome.merged)
-        else:
-            restart_parameter(optimizer, matrix.v, outcome.merged | outcome.reset)
-        if any_reset:
-            # The state of what was not finite is not finite either: it restarts in any case.
-            for factor in (matrix.u, matrix.v):
-                restart_parameter(optimizer, factor, outcome.reset)
+
+def _groups(matrices: dict[str, PerturbedMatrix]) -> list[dict[str, PerturbedMatrix]]:
+    """The matrices by name, those together that can be merged by the same calls."""
+    groups: dict[Any, dict[str, PerturbedMatrix]] = defaultdict(dict)
+    for name, matrix in matrices.items():
+        alone = name if matrix.size > _STACK_UP_TO else ""
+        groups[matrix._layout(), alone][name] = matrix
+    return list(groups.values())
 
 
 def _for_host(report: MergeReport, matrices: int) -> dict[str, Tensor]:
@@ -471,6 +504,10 @@ def _for_host(report: MergeReport, matrices: int) -> dict[str, Tensor]:
 
 def _is_trained(matrix: PerturbedMatrix) -> bool:
     return any(parameter.requires_grad for parameter in matrix.parameters())
+
+
+def _trained_parameters(matrices: dict[str, PerturbedMatrix]) -> list[nn.Parameter]:
+    return [p for matrix in matrices.values() for p in matrix.parameters() if p.requires_grad]
 
 
 def _check_held(matrices: dict[str, PerturbedMatrix], optimizer: Optimizer) -> None:

@@ -1,6 +1,6 @@
 """Several processes that train the same module: what has to be equal on all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,26 +12,38 @@ from torch.optim import Optimizer
 from p4flows.matrices import PerturbedMatrix
 
 
-def world() -> "dist.ProcessGroup | None":
-    """All processes, where there are several; None otherwise."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist.group.WORLD
-    return None
-
-
-def group_of(module: nn.Module) -> "dist.ProcessGroup | None":
-    """The processes among which a `DistributedDataParallel` keeps a module equal.
+def group_of(module: nn.Module | None) -> "dist.ProcessGroup | None":
+    """The processes that train a module together.
 
     Args:
-        module: it, or what holds it.
+        module: it, or what holds it; None when it is gone.
 
     Returns:
-        Its process group, or None when there is none in it.
+        The group of a `DistributedDataParallel` in it, else all processes where there are several,
+        else None.
     """
-    for each in module.modules():
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    for each in () if module is None else module.modules():
         if isinstance(each, DistributedDataParallel):
             return each.process_group
-    return None
+    return dist.group.WORLD
+
+
+def refuse_flattened(module: nn.Module) -> None:
+    """An error where parameters of a module are parts of one flat tensor.
+
+    Args:
+        module: may hold P4 layers.
+
+    Raises:
+        TypeError: inside torch's `FullyShardedDataParallel` (FSDP1).
+    """
+    if any(type(each).__name__ == "FullyShardedDataParallel" for each in module.modules()):
+        raise TypeError(
+            "FullyShardedDataParallel flattens u and v, and a merge needs the whole matrix: put P4 "
+            "layers into its ignored_modules, or use DistributedDataParallel"
+        )
 
 
 def refuse_what_cannot_merge(
@@ -89,7 +101,7 @@ class Comparison:
     """
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
-        self._group = dist.new_group(
+        self._group: dist.ProcessGroup = dist.new_group(
             dist.get_process_group_ranks(group), use_local_synchronization=True
         )
         self._pending: tuple[Any, Tensor, list[str]] | None = None
@@ -118,6 +130,11 @@ class Comparison:
         extremes = torch.stack([own, -own])
         work = dist.all_reduce(extremes, dist.ReduceOp.MAX, self._group, async_op=True)
         self._pending = work, extremes, names
+
+    def close(self) -> None:
+        """Destroy the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
 
     def finish(self) -> None:
         """Wait for the comparison that was started.
@@ -149,36 +166,3 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     flat = flat.double()
     weights = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
     return torch.dot(flat, torch.sin(weights))
-
-
-@torch.no_grad()
-def spread(module: nn.Module, group: "dist.ProcessGroup") -> None:
-    """Give every process the parameters and buffers of the first.
-
-    Args:
-        module: of the same structure on all of them.
-        group: the processes.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.detach(), dist.get_global_rank(group, 0), group)
-
-
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], group: "dist.ProcessGroup") -> None:
-    """Replace gradients by their mean over the processes, by one reduction for each dtype.
-
-    Args:
-        parameters: those without a gradient are left out; it is missing on all processes or none.
-        group: the processes.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, dist.ReduceOp.SUM, group)
-        flat /= dist.get_world_size(group)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from p4flows.matrices.perturbation import needs_plain_operations
+from p4flows.matrices.perturbed import is_transformed
 
 # Up to here Ã is formed for all layers at once and multiplies s and hypot in one product; beyond,
 # that product costs more than forming r and going through u and v (benchmarks/stack.py shows the
@@ -73,7 +73,7 @@ def bent_cascade(
         Outputs of shape `(N, n)` and the sum of the activations' log-derivatives, shape `(N,)`;
         the determinants of Ã are not in it.
     """
-    is_plain = needs_plain_operations(x)
+    is_plain = is_transformed()
     # Tracing, torch.func and fake tensors make constants of their kind, which are not to be kept.
     make = _constants.__wrapped__ if is_plain or type(x) is not Tensor else _constants
     constants = make(len(frozen), activations, x.dtype, x.device)

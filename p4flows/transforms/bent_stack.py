@@ -1,34 +1,18 @@
 """BentStack: all blocks of a Bent-stacked flow as one Transform over one batch of matrices."""
 
-import contextlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from nflows.transforms.base import CompositeTransform, InverseTransform, Transform
 from torch import Tensor, nn
 
-from p4flows.arguments import check_like, check_positive_int, check_rows
+from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds
-from p4flows.matrices.precision import is_autocast
+from p4flows.matrices.merge import read_state, write_state
+from p4flows.matrices.precision import dtype_of_outputs, full_precision
 from p4flows.transforms.bent import BentIdentity
 from p4flows.transforms.bent_cascade import BENT, INVERSE_BENT, bent_cascade
 from p4flows.transforms.linear import P4InvTransform
-
-# Tells states of the kinds apart where they change their layout; older ones have version 1.
-_VERSIONS = {"relative": 2, "additive": 3}
-_LAYERS = "_transforms."
-
-
-def _check_kind(perturbation: str, local_metadata: dict[str, Any], prefix: str) -> None:
-    kinds = {version: kind for kind, version in _VERSIONS.items()}
-    saved = kinds.get(local_metadata.get("version", 1), perturbation)
-    if saved != perturbation:
-        raise RuntimeError(
-            f"{prefix.rstrip('.') or 'the stack'} was saved with perturbation={saved!r} and has "
-            f"{perturbation!r}: build it with perturbation={saved!r} to load it"
-        )
 
 
 class BentStack(Transform):
@@ -55,9 +39,7 @@ class BentStack(Transform):
         TypeError: when an argument has the wrong type.
         ValueError: when one is out of range.
 
-    Under `torch.autocast` all of it is computed in the dtype of the parameters. It loads the
-    `state_dict` of the single layers as well, and they that of a stack; an optimizer's state is not
-    converted.
+    Under `torch.autocast` all of it is computed in the dtype of the parameters.
 
     Cost: forward and inverse O(blocks·D²N), logabsdet O(blocks·D²). Without gradients the memory
     does not grow with the number of blocks, nor beyond inputs and outputs with N.
@@ -97,23 +79,10 @@ class BentStack(Transform):
             dtype=dtype,
         )
         self.bias = nn.Parameter(self.matrix.u.new_zeros(2 * blocks, features))
-        self._version = _VERSIONS[perturbation]
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        layers: dict[str, dict[int, Tensor]] = defaultdict(dict)
-        for key in [key for key in state_dict if key.startswith(prefix + _LAYERS)]:
-            _check_kind(self.matrix.perturbation, local_metadata, prefix)
-            index, name = key.removeprefix(prefix + _LAYERS).split(".", 1)
-            layers[name][int(index)] = state_dict.pop(key)
-        for name, rows in layers.items():
-            state_dict[prefix + name] = torch.stack([rows[index] for index in sorted(rows)])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin anew, as just constructed, with fresh seeds."""
+        """Begin again, as just constructed, with fresh seeds."""
         self.matrix.reset_parameters()
         self.bias.zero_()
 
@@ -138,33 +107,35 @@ class BentStack(Transform):
             ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
-        with self._full_precision(inputs) as rows:
-            matrix = self.matrix
-            outputs, logabsdet = bent_cascade(
-                rows,
-                matrix.frozen,
-                matrix.factors()[0],
-                matrix.right_factor(),
-                self.bias.to(rows.dtype),
-                (BENT, INVERSE_BENT),
+        matrix = self.matrix
+        device = matrix.frozen.device
+        dtype = dtype_of_outputs(inputs, self.bias.dtype, device)
+        # Hundreds of layers one after the other would round hundreds of times under autocast.
+        with full_precision(device):
+            frozen, u, right, _, _ = matrix._perturbation()
+            bias = self.bias.to(frozen.dtype)
+            outputs, log_slopes = bent_cascade(
+                inputs.to(frozen.dtype), frozen, u, right.mT, bias, (BENT, INVERSE_BENT)
             )
-            return outputs.to(self.bias.dtype), logabsdet + matrix.slogdet()[1].sum()
+            return outputs.to(dtype), log_slopes + matrix.slogdet()[1].sum()
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All blocks undone, last first; shapes and errors as for `forward`."""
         check_rows(inputs, self.features)
-        with self._full_precision(inputs) as rows:
-            outputs, logabsdet = self._inverse(rows)
-            return outputs.to(self.bias.dtype), logabsdet
+        device = self.matrix.frozen.device
+        dtype = dtype_of_outputs(inputs, self.bias.dtype, device)
+        with full_precision(device):
+            outputs, logabsdet = self._inverse(inputs.to(self.matrix.frozen.dtype))
+            return outputs.to(dtype), logabsdet
 
     def _inverse(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         matrix = self.matrix
-        # Ã⁻¹ = A⁻¹ − w zᵀ is a rank-k perturbation of A⁻¹, so it is the same cascade, but one that
+        # Ã⁻¹ = A⁻¹ − W Z is a rank-k perturbation of A⁻¹, so it is the same cascade, but one that
         # begins with an activation and ends with an affine map.
-        w, z = matrix.inverse_factors()
-        u, v = -w.flip(0), z.flip(0)
-        frozen = matrix.inverse_frozen.flip(0)
-        bias = -self._solve_bias().flip(0)
+        frozen, w, z = (each.flip(0) for each in matrix._inverse_factors())
+        u, v = -w, z.mT
+        own_bias = self.bias.to(frozen.dtype)
+        bias = -matrix.solve(own_bias.unsqueeze(1)).squeeze(1).flip(0)
         outputs, logabsdet = BentIdentity()(inputs)
         outputs, log_slopes = bent_cascade(
             outputs, frozen[:-1], u[:-1], v[:-1], bias[:-1], (INVERSE_BENT, BENT)
@@ -172,35 +143,16 @@ class BentStack(Transform):
         outputs = torch.addmm(bias[-1], outputs, frozen[-1].mT) + (outputs @ v[-1]) @ u[-1].mT
         return outputs, logabsdet + log_slopes - matrix.slogdet()[1].sum()
 
-    @contextlib.contextmanager
-    def _full_precision(self, inputs: Tensor) -> Iterator[Tensor]:
-        """No autocast: hundreds of layers one after the other would round hundreds of times."""
-        frozen, dtype = self.matrix.frozen, self.bias.dtype
-        device = frozen.device.type
-        autocast = is_autocast(device)
-        check_like("inputs", inputs, None if autocast else (dtype,), frozen.device)
-        # In a bfloat16 or float16 module A is float32, and so is all that is computed.
-        rows = inputs.to(frozen.dtype)
-        if autocast:
-            with torch.autocast(device, enabled=False):
-                yield rows
-        else:
-            yield rows
-
-    def _solve_bias(self) -> Tensor:
-        """Ã⁻¹ b of all layers, shape (2·blocks, features)."""
-        bias = self.bias.to(self.matrix.frozen.dtype)
-        return self.matrix.solve(bias.unsqueeze(1)).squeeze(1)
-
     @torch.no_grad()
-    def to_composite(self) -> "BentComposite":
+    def to_composite(self) -> CompositeTransform:
         """The same flow as single layers.
 
         Returns:
-            A `BentComposite` of P4InvTransform and BentIdentity layers with copies of
+            A `CompositeTransform` of P4InvTransform and BentIdentity layers with copies of
             parameters, inverses, log-determinants, seeds and counters.
         """
         matrix = self.matrix
+        matrix._refresh()
         transforms: list[Transform] = []
         layers = []
         for index in range(len(self.bias)):
@@ -209,90 +161,16 @@ class BentStack(Transform):
                 rank=matrix.rank,
                 bounds=matrix.bounds,
                 perturbation=matrix.perturbation,
-            )
-            layer = layer.to(self.bias)
-            layer.matrix.draw = matrix.draw
+            ).to(self.bias)
             assert layer.bias is not None
             layer.bias.copy_(self.bias[index])
             layers.append(layer)
             activation = BentIdentity()
             transforms += [layer, InverseTransform(activation) if index % 2 else activation]
-        matrix.unstack_into([layer.matrix for layer in layers])
-        return BentComposite(transforms)
-
-    @classmethod
-    @torch.no_grad()
-    def from_composite(cls, composite: CompositeTransform) -> "BentStack":
-        """The stack that is equal to a `CompositeTransform` of single layers.
-
-        Args:
-            composite: blocks of [P4InvTransform, BentIdentity, P4InvTransform,
-                InverseTransform(BentIdentity)], as `to_composite` and
-                `bent_stacked_flow(fused=False)` build them.
-
-        Returns:
-            A `BentStack` with copies of parameters, inverses, log-determinants, seeds and counters.
-
-        Raises:
-            TypeError: when it is not a `CompositeTransform`.
-            ValueError: when the composite consists of anything else, or of layers without bias.
-        """
-        if not isinstance(composite, CompositeTransform):
-            raise TypeError(
-                f"composite must be a CompositeTransform, got {type(composite).__name__}"
-            )
-        transforms = list(composite._transforms)
-        layers = [layer for layer in transforms[0::2] if isinstance(layer, P4InvTransform)]
-        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        matching = (
-            len(transforms) % 4 == 0 < len(transforms)
-            and 2 * len(biases) == 2 * len(layers) == len(transforms)
-            and all(isinstance(t, BentIdentity) for t in transforms[1::4])
-            and all(isinstance(t, InverseTransform) for t in transforms[3::4])
-            and all(isinstance(t._transform, BentIdentity) for t in transforms[3::4])
-        )
-        if not matching:
-            raise ValueError(
-                "composite must consist of blocks [P4InvTransform, BentIdentity, P4InvTransform, "
-                f"InverseTransform(BentIdentity)] with bias, got {composite}"
-            )
-        matrix = InvertibleMatrix.stack([layer.matrix for layer in layers])
-        stack = cls(
-            matrix.size,
-            len(layers) // 2,
-            rank=matrix.rank,
-            bounds=matrix.bounds,
-            perturbation=matrix.perturbation,
-        )
-        stack.matrix = matrix
-        stack.bias = nn.Parameter(torch.stack(biases))
-        return stack
+        state = {name: value for name, value in read_state([matrix]).items() if name != "kind"}
+        write_state([layer.matrix for layer in layers], state)
+        return CompositeTransform(transforms)
 
     def extra_repr(self) -> str:
         """What `matrix` does not show already."""
         return f"blocks={self.blocks}"
-
-
-class BentComposite(CompositeTransform):
-    """The single layers of a `BentStack`, whose `state_dict` they load as well.
-
-    Args:
-        transforms: blocks of them, as `BentStack.to_composite` makes them.
-    """
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        super().__init__(transforms)
-        matrices = (each for each in self.modules() if isinstance(each, InvertibleMatrix))
-        self._perturbation = next(matrices).perturbation
-        self._version = _VERSIONS[self._perturbation]
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        if prefix + "bias" in state_dict:
-            _check_kind(self._perturbation, local_metadata, prefix)
-            for key in [key for key in state_dict if key.startswith(prefix)]:
-                name = key.removeprefix(prefix)
-                for index, row in enumerate(state_dict.pop(key)):
-                    state_dict[f"{prefix}{_LAYERS}{2 * index}.{name}"] = row
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

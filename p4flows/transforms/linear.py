@@ -1,14 +1,14 @@
 """Linear layers whose weight is a perturbed matrix, drop-ins for nflows' `LULinear`."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from nflows.transforms.linear import Linear, LinearCache
 from torch import Tensor, nn
 
-from p4flows.arguments import check_like, check_positive_int, check_rows
+from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
+from p4flows.matrices.derived import sample
 from p4flows.matrices.precision import is_autocast
 
 
@@ -20,12 +20,15 @@ class _Cache(LinearCache):
         self._key: tuple[Any, ...] = ()
         self._storages: list[torch.UntypedStorage] = []
 
-    def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Empty the cache when any of the tensors was replaced or written to."""
-        tensors = list(tensors)
+    def follow(self, matrix: PerturbedMatrix) -> None:
+        """Empty the cache when the matrix is another one."""
+        matrix._refresh()
+        tensors = [*matrix.parameters(), *matrix.buffers()]
         key = (
             # What is cached in inference mode cannot be used outside of it.
             torch.is_inference_mode_enabled(),
+            # Averages of weights write through `.data`, which versions do not show.
+            sample([matrix.u, matrix.v]),
             *((t.data_ptr(), t._version) for t in tensors),
         )
         if key != self._key:
@@ -49,9 +52,8 @@ class PerturbedLinear(Linear):
         matrix: the weight; its `batch_shape` is `()`.
         bias: whether to add a trainable b.
         using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
-            matrix product for a batch. The cache notices merges, optimizer steps, `.to()` and
-            `load_state_dict`, and everything else that torch counts as a write. It does not see
-            writes through `.data`, which torch hides: call `cache.invalidate()` after them.
+            matrix product for a batch. The cache notices merges, optimizer steps, `.to()`,
+            `load_state_dict` and every other write.
     """
 
     matrix: PerturbedMatrix
@@ -79,8 +81,7 @@ class PerturbedLinear(Linear):
             ValueError: when their shape is not `(N, features)`, or they are on another device.
         """
         check_rows(inputs, self.features)
-        if self._cache_applies():
-            self._check_like(inputs)
+        if self._cache_applies(inputs):
             outputs, logabsdet = super().forward(inputs)
             return outputs, logabsdet
         return self.forward_no_cache(inputs)
@@ -88,8 +89,7 @@ class PerturbedLinear(Linear):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x = Ã⁻¹ (y − b) and −ln|det Ã|; shapes, cost and errors as for `forward`."""
         check_rows(inputs, self.features)
-        if self._cache_applies():
-            self._check_like(inputs)
+        if self._cache_applies(inputs):
             self._check_inverse_cache()
             outputs = self._without_bias(inputs) @ self.cache.inverse.mT
             return outputs, -self.cache.logabsdet.repeat(len(inputs))
@@ -117,7 +117,7 @@ class PerturbedLinear(Linear):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Begin anew, as just constructed, with a fresh seed; an `init` tensor is not kept."""
+        """Begin again, as just constructed, with a fresh seed; an `init` tensor is not kept."""
         self.matrix.reset_parameters()
         if self.bias is not None:
             self.bias.zero_()
@@ -126,17 +126,19 @@ class PerturbedLinear(Linear):
         """What `matrix` does not show already."""
         return f"bias={self.bias is not None}, using_cache={self.using_cache}"
 
-    def _check_like(self, inputs: Tensor) -> None:
-        check_like("inputs", inputs, (self.matrix.u.dtype,), self.matrix.u.device)
-
     def _without_bias(self, outputs: Tensor) -> Tensor:
         return outputs if self.bias is None else outputs - self.bias
 
-    def _cache_applies(self) -> bool:
+    def _cache_applies(self, inputs: Tensor) -> bool:
         if self.training or not self.using_cache or torch.compiler.is_compiling():
             return False
         frozen = self.matrix.frozen
-        if frozen.dtype != self.matrix.u.dtype or is_autocast(frozen.device.type):
+        if (
+            not inputs.dtype == frozen.dtype == self.matrix.u.dtype
+            or inputs.device != frozen.device
+        ):
+            return False
+        if is_autocast(frozen.device.type):
             return False
         # What was made in inference mode has no version by which a change could be noticed.
         if any(tensor.is_inference() for tensor in self._cached_tensors()):
@@ -145,12 +147,12 @@ class PerturbedLinear(Linear):
         return not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()))
 
     def _check_forward_cache(self) -> None:
-        self.cache.follow(self._cached_tensors())
+        self.cache.follow(self.matrix)
         with torch.no_grad():
             super()._check_forward_cache()
 
     def _check_inverse_cache(self) -> None:
-        self.cache.follow(self._cached_tensors())
+        self.cache.follow(self.matrix)
         with torch.no_grad():
             super()._check_inverse_cache()
 

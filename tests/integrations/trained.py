@@ -3,7 +3,6 @@
 import pytest
 
 from p4flows import PerturbedMatrix
-from p4flows.merging.attaching import driver_of
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
 LIBRARIES_WARN = [
@@ -14,12 +13,6 @@ LIBRARIES_WARN = [
 
 def matrices(module):
     return [each for each in module.modules() if isinstance(each, PerturbedMatrix)]
-
-
-def hook_of(module):
-    """The one hook that merges all of them."""
-    (hook,) = {driver_of(matrix) for matrix in matrices(module)}
-    return hook
 
 
 def assert_right(module):

@@ -16,6 +16,7 @@ def perturb(matrix: InvertibleMatrix, generator: torch.Generator, scale: float =
     for parameter, size in ((matrix.u, scale * matrix.size**-0.5), (matrix.v, 0.1)):
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_(size * noise)
+    matrix.dense()  # what has to follow from another v does so when it is read
 
 
 def additive(size: int, **arguments: Any) -> InvertibleMatrix:

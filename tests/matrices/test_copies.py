@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from matrices.perturbing import KINDS, additive, perturb, set_factors
-from p4flows.matrices import InvertibleMatrix, MergeBounds
+from p4flows.matrices import InvertibleMatrix
 
 
 def moved(seed=0, **arguments):
@@ -85,19 +85,6 @@ def test_v_follows_seed_and_counter_that_are_saved():
         assert not torch.isclose(drawn[name], drawn["same"]).any()
 
 
-def test_a_newer_layout_is_refused():
-    matrix, state = moved(), moved().state_dict()
-    assert state._metadata[""]["version"] == 2
-    state._metadata[""]["version"] = 3
-    with pytest.raises(RuntimeError, match=r"InvertibleMatrix .* version 3, newer than 2: update"):
-        matrix.load_state_dict(state)
-    layers = torch.nn.Sequential(matrix)
-    state = layers.state_dict()
-    state._metadata["0"]["version"] = 3
-    with pytest.raises(RuntimeError, match=r"0 was saved with state layout version 3"):
-        layers.load_state_dict(state)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_of_the_other_perturbation_is_refused(kind):
     matrix = moved(perturbation=kind)
@@ -119,47 +106,3 @@ def test_change_of_dtype():
     assert matrix.seed.dtype == matrix.draws.dtype == torch.int64
     assert matrix.merge(force=True)
     assert matrix.v.dtype == torch.float64
-
-
-@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-def test_stack_and_back(batch):
-    matrices = [moved(seed, batch_shape=batch) for seed in range(3)]
-    states = [copy.deepcopy(matrix.state_dict()) for matrix in matrices]
-    stacked = InvertibleMatrix.stack(matrices)
-    assert stacked.batch_shape == (3, *batch)
-    assert stacked.bounds == matrices[0].bounds
-    torch.testing.assert_close(stacked.dense(), torch.stack([m.dense() for m in matrices]))
-    assert stacked.merge(force=True).all()
-    for matrix, state in zip(matrices, states, strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in matrix.state_dict().items())
-
-    parameters = [(matrix.u, matrix.v) for matrix in matrices]
-    alone = copy.deepcopy(matrices)
-    stacked.unstack_into(matrices)
-    for matrix, (u, v), other in zip(matrices, parameters, alone, strict=True):
-        assert matrix.u is u
-        assert matrix.v is v
-        assert other.merge(force=True).all()
-        for name, value in other.state_dict().items():
-            torch.testing.assert_close(matrix.state_dict()[name], value)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        lambda: InvertibleMatrix(5, rank=2),
-        lambda: InvertibleMatrix(4),
-        lambda: InvertibleMatrix(4, rank=2).double(),
-        lambda: InvertibleMatrix(4, rank=2, bounds=MergeBounds.paper()),
-        lambda: InvertibleMatrix(4, rank=2, batch_shape=(1,)),
-    ],
-    ids=["size", "rank", "dtype", "bounds", "batch"],
-)
-def test_only_like_is_stacked(other):
-    with pytest.raises(ValueError, match="must be one or more of the same layout"):
-        InvertibleMatrix.stack([InvertibleMatrix(4, rank=2), other()])
-
-
-def test_nothing_is_not_stacked():
-    with pytest.raises(ValueError, match="must be one or more of the same layout"):
-        InvertibleMatrix.stack([])

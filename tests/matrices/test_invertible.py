@@ -76,10 +76,14 @@ def test_gradients_of_u_and_v(read, kind, rank):
     bounds = MergeBounds(penalty_update=(1.0, 2.0), penalty_logabsdet=(-2.0, -1.0))
     matrix = moved((2,), rank, bounds, kind=kind)
 
-    def function(u, v):
-        return torch.func.functional_call(Reading(matrix, read), {"matrix.u": u, "matrix.v": v}, ())
+    names = ["u"] if kind == "relative" else ["u", "v"]
+    trained = {f"matrix.{name}": getattr(matrix, name) for name in names}
 
-    factors = [f.detach().clone().requires_grad_() for f in (matrix.u, matrix.v)]
+    def function(*factors):
+        given = dict(zip(trained, factors, strict=True))
+        return torch.func.functional_call(Reading(matrix, read), given, ())
+
+    factors = [factor.detach().clone().requires_grad_() for factor in trained.values()]
     assert torch.autograd.gradcheck(function, factors)
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from matrices.perturbing import KINDS, additive, perturb, set_factors
 from p4flows.matrices import InvertibleMatrix, MergeBounds
-from p4flows.matrices.linear_algebra import capacitance
 from p4flows.matrices.merge import merge_together
 
 FREE = MergeBounds(update=(-math.inf, math.inf))
@@ -50,14 +49,16 @@ def test_a_merge_changes_nothing_beyond_rounding(given_matrix, merges):
     for _ in range(merges):
         perturb(matrix, generator)
         a, x, u, v = matrix.frozen.clone(), matrix.inverse_frozen.clone(), matrix.u, matrix.v
-        g, (w, z) = matrix.capacitance(), matrix.inverse_factors()
         relative = matrix.perturbation == "relative"
+        z = v.mT if relative else v.mT @ x
+        g = torch.eye(k, dtype=a.dtype) + z @ u
+        w = x @ u @ torch.linalg.inv(g)
         # Ã = A + u Vᵀ; both factors in absolute values, of which the terms are made.
         right = a.abs().mT @ v.abs() if relative else v.abs()
-        left = z.abs().mT if relative else v.abs().mT @ x.abs()
+        left = z.abs() if relative else v.abs().mT @ x.abs()
         size_inverse = x.abs() + w.abs() @ left
         size_dense = a.abs() + u.abs() @ right.mT
-        amplification = norm(torch.eye(n) - u @ torch.linalg.solve(g, z.mT))
+        amplification = norm(torch.eye(n) - u @ torch.linalg.solve(g, z))
         lemma = norm(torch.linalg.inv(g)) * norm(u) * norm(v) * (1 if relative else norm(x))
         dense, inverse, (sign, logabsdet) = matrix.dense(), matrix.inverse(), matrix.slogdet()
 
@@ -156,8 +157,7 @@ def test_logabsdet_does_not_add_up_roundings():
     expected = math.log(matrix.frozen.item())
     for merge in range(2000):
         set_factors(matrix, 0.01 * matrix.frozen * (1 if merge % 2 else -1), 1.0)
-        _, g = capacitance(matrix.inverse_frozen, matrix.u, matrix.v)
-        expected += math.log(g.item())
+        expected += math.log(1 + (matrix.v.mT @ matrix.inverse_frozen @ matrix.u).item())
         assert matrix.merge()
     assert abs(matrix.logabsdet_frozen.item() - expected) < 1e-5
 
@@ -268,6 +268,7 @@ def assert_beyond(matrix):
 def test_a_singular_perturbation_of_rank_two_is_reset_when_forced(kind):
     matrix = InvertibleMatrix(3, rank=2, perturbation=kind)
     set_factors(matrix, [[-1.0, 0.0], [0.0, -1.0], [0.0, 0.0]], torch.eye(3, 2))
+    matrix.dense()
     assert_beyond(matrix)
 
 
@@ -306,7 +307,7 @@ def test_bounds_look_at_each_singular_value(kind):
 @given(
     st.sampled_from(KINDS),
     st.integers(1, 3),
-    st.lists(st.floats(-38, 38), min_size=3, max_size=3),
+    st.lists(st.floats(-37, 37), min_size=3, max_size=3),
     st.integers(0, 1000),
 )
 @torch.no_grad()
@@ -315,13 +316,10 @@ def test_frozen_state_is_never_non_finite(kind, rank, magnitudes, seed):
     generator = torch.Generator().manual_seed(seed)
     init, u, v = (10.0**magnitude for magnitude in magnitudes)
     start = torch.randn(3, 3, generator=generator, dtype=torch.float64)
-    matrix = InvertibleMatrix(3, rank=rank, init=start, perturbation=kind)
-    matrix.frozen.mul_(init)
-    matrix.inverse_frozen.div_(init)
-    matrix.logabsdet_frozen.add_(3 * math.log(init))
-    assume(matrix.float().inverse_frozen.isfinite().all() and matrix.frozen.isfinite().all())
+    matrix = InvertibleMatrix(3, rank=rank, init=(init * start).float(), perturbation=kind)
     noise = torch.randn(2, 3, rank, generator=generator)
-    set_factors(matrix, u * noise[0], v * noise[1])
+    # That of a relative perturbation is only drawn.
+    set_factors(matrix, u * noise[0], v * noise[1] if kind == "additive" else matrix.v)
     matrix.merge(force=True)
     for name, buffer in matrix.named_buffers():
         assert buffer.isfinite().all(), name
@@ -361,6 +359,7 @@ def test_in_a_batch_each_matrix_has_its_own_fate():
     changed = {
         name: (value != state[name]).reshape(2, 2, -1).any(-1)
         for name, value in state_of(matrix).items()
+        if name != "kind"
     }
     merged = torch.tensor([[True, False], [False, False]])
     redrawn = torch.tensor([[True, True], [False, False]])
@@ -382,12 +381,14 @@ def test_a_batch_merges_as_its_members_do(seed):
     together = InvertibleMatrix(4, batch_shape=(3,), rank=2).double()
     generator = torch.Generator().manual_seed(seed)
     alone = [InvertibleMatrix(4, rank=2).double() for _ in range(3)]
-    together.unstack_into(alone)
+    for index, matrix in enumerate(alone):
+        state = {name: value[index] for name, value in together.state_dict().items() if value.dim()}
+        matrix.load_state_dict({**matrix.state_dict(), **state})
     # Batched products round in another order; what that may change, a small G amplifies.
     amplified = torch.ones(3, dtype=torch.float64)
     for _ in range(3):
         perturb(together, generator)
-        amplified *= torch.linalg.cond(together.capacitance())
+        amplified *= torch.linalg.cond(torch.eye(2) + together.v.mT @ together.u)
         for index, matrix in enumerate(alone):
             set_factors(matrix, together.u[index], together.v[index])
         accepted = together.merge(force=True)
@@ -397,9 +398,10 @@ def test_a_batch_merges_as_its_members_do(seed):
         rounding *= max(matrix.error().condition.item(), 1.0)
         assert rounding < 1e-4
         for name, value in matrix.state_dict().items():
-            torch.testing.assert_close(
-                together.state_dict()[name][index], value, rtol=rounding, atol=rounding
-            )
+            if value.is_floating_point():
+                torch.testing.assert_close(
+                    together.state_dict()[name][index], value, rtol=rounding, atol=rounding
+                )
         assert (matrix.frozen - torch.eye(4)).abs().max() > 0.1
 
 

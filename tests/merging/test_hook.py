@@ -16,8 +16,7 @@ from p4flows import (
     P4InvTransform,
     P4OrthogonalTransform,
 )
-from p4flows.merging.attaching import driver_of
-from p4flows.merging.stats import MergeStats
+from p4flows.merging.schedule import MergeStats
 
 NEVER = MergeBounds(update=(20.0, 21.0))  # refuses whatever training does
 
@@ -31,7 +30,7 @@ def train(module, optimizer, steps, seed=0):
     """Steps with random gradients for every parameter."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        for parameter in module.parameters():
+        for parameter in filter(lambda p: p.requires_grad, module.parameters()):
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         optimizer.step()
 
@@ -132,10 +131,7 @@ def test_none_is_never():
 def test_defaults():
     layer = P4InvTransform(3)
     _, hook = hooked(layer)
-    assert repr(hook) == (
-        "MergeHook(1 matrices, every=50, force_every=10, correct_every=50, restart='carry', "
-        "draw='basis')"
-    )
+    assert repr(hook) == ("MergeHook(1 matrices, every=50, force_every=10, correct_every=50)")
 
 
 def test_a_perturbation_that_is_not_finite_is_reset():
@@ -144,8 +140,13 @@ def test_a_perturbation_that_is_not_finite_is_reset():
     train(layer, optimizer, 1)
     with torch.no_grad():
         layer.matrix.u[0] = torch.nan
-    train(layer, optimizer, 1)
-    assert (hook.stats.reset, hook.stats.merged, hook.stats.skipped) == (1, 0, 0)
+    with pytest.warns(UserWarning, match="matrix was not finite .* and was reset. One reset is"):
+        train(layer, optimizer, 1)
+    with torch.no_grad():
+        layer.matrix.u[0] = torch.nan
+    train(layer, optimizer, 2)  # once is enough
+    assert hook.stats.reset == 2
+    assert (hook.stats.merged, hook.stats.skipped) == (0, 0)
     assert torch.equal(layer.weight(), torch.eye(3))
 
 
@@ -186,7 +187,8 @@ def test_matrices_of_one_shape_merge_together_as_they_would_alone(monkeypatch):
         train(module, optimizer, 4)
         with torch.no_grad():
             module[1].matrix.u.fill_(torch.nan)
-        train(module, optimizer, 8)
+        with pytest.warns(UserWarning, match="was reset"):
+            train(module, optimizer, 8)
         assert attempted == 6 * batches
         attempted.clear()
         stats.append(hook.stats)
@@ -266,7 +268,7 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", ["relative"])
 def test_the_first_n_directions_are_a_whole_basis_and_every_n_after_them(kind, rank):
     size = 6
     stacked, alone = (
@@ -274,7 +276,7 @@ def test_the_first_n_directions_are_a_whole_basis_and_every_n_after_them(kind, r
     )
     for layers in (stacked, alone):
         optimizer = torch.optim.SGD(layers.parameters(), lr=0.01)
-        hook = MergeHook(layers, optimizer, every=1, draw="basis")
+        hook = MergeHook(layers, optimizer, every=1)
         drawn = []
         for _ in range(2 * size // rank):
             drawn.append(torch.stack([layer.matrix.v.detach().clone() for layer in layers]))
@@ -303,18 +305,6 @@ def test_a_checkpoint_goes_on_with_the_same_directions(kind):
     assert layer.matrix.draws == 6
     for name, value in layer.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-
-
-def test_a_hook_draws_no_direction_anew_that_was_trained():
-    layers = [P4InvTransform(4, rank=1, perturbation="additive") for _ in range(3)]
-    with torch.no_grad():
-        layers[0].matrix.u[0] = 0.1
-    layers[1].matrix.merge()
-    before = [layer.matrix.v.detach().clone() for layer in layers]
-    MergeHook(nn.ModuleList(layers))
-    kept = [torch.equal(v, layer.matrix.v) for v, layer in zip(before, layers, strict=True)]
-    assert kept == [True, True, False]
-    assert [layer.matrix.draws.item() for layer in layers] == [1, 2, 1]
 
 
 def test_the_counts_continue_from_a_state_dict():
@@ -466,13 +456,6 @@ def test_an_optimizer_that_lacks_parameters_is_told_which():
         ({"force_every": "10"}, TypeError, "force_every must be a positive int, got str"),
         ({"correct_every": 0}, ValueError, "correct_every must be a positive int, got 0"),
         ({"correct_every": True}, TypeError, "correct_every must be a positive int, got bool"),
-        ({"restart": "u"}, ValueError, "restart must be 'carry' or 'v', got 'u'"),
-        (
-            {"draw": "gradient"},
-            ValueError,
-            "draw must be 'normal' or 'basis', got 'gradient'",
-        ),
-        ({"restart": None}, ValueError, "restart must be 'carry' or 'v', got None"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -480,7 +463,6 @@ def test_bad_arguments(arguments, error, message):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(error, match=message):
         MergeHook(**{"module": layer, "optimizer": optimizer, **arguments})
-    assert driver_of(layer.matrix) is None
     MergeHook(layer, optimizer)
 
 

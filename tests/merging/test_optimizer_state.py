@@ -72,7 +72,7 @@ def test_every_optimizer_is_here():
 class Training:
     """A P4 layer and, beside it and independent of it, an ordinary one."""
 
-    def __init__(self, build, device="cpu", merge=True, restart="v", **options):
+    def __init__(self, build, device="cpu", merge=True, **options):
         torch.manual_seed(0)
         self.p4 = P4InvTransform(4, bias=False, **{**PAPER, "rank": 2, **options})
         self.other = nn.Linear(4, 4, bias=False)
@@ -83,8 +83,7 @@ class Training:
         self.before_merge = {}
         self.optimizer.register_step_post_hook(self.remember)
         if merge:
-            draw = "normal" if restart == "v" else "basis"
-            self.hook = MergeHook(self.p4, self.optimizer, every=EVERY, restart=restart, draw=draw)
+            self.hook = MergeHook(self.p4, self.optimizer, every=EVERY)
 
     def remember(self, optimizer, args, kwargs):
         self.before_merge = {p: dict(state) for p, state in optimizer.state.items()}
@@ -173,7 +172,7 @@ def test_merges_during_training(name):
 @pytest.mark.parametrize("name", ON_CPU)
 def test_the_default_trains_with_every_optimizer(name, rank):
     """The relative perturbation: u trained, momentum carried, at full rank nothing touched."""
-    options = {"restart": "carry", "rank": rank, "perturbation": "relative"}
+    options = {"rank": rank, "perturbation": "relative"}
     training = Training(ON_CPU[name], **options)
     without = Training(ON_CPU[name], merge=False, **options)
     first = training.step()
@@ -220,9 +219,9 @@ def lbfgs(**kwargs):
     return training, step
 
 
-@pytest.mark.parametrize("restart", ["v", "carry"])
-def test_lbfgs_starts_anew_after_a_merge(restart):
-    training, step = lbfgs(restart=restart)
+@pytest.mark.parametrize("kind", ["relative", "additive"])
+def test_lbfgs_starts_again_after_a_merge(kind):
+    training, step = lbfgs(perturbation=kind)
     losses = [step() for _ in range(EVERY)]
     state = training.optimizer.state[training.optimizer.param_groups[0]["params"][0]]
     assert training.hook.stats.merged == 1
@@ -232,7 +231,7 @@ def test_lbfgs_starts_anew_after_a_merge(restart):
     weights = [parameter.detach().clone() for parameter in training.module.parameters()]
 
     losses += [step()]
-    twin, step_twin = lbfgs(merge=False)
+    twin, step_twin = lbfgs(merge=False, perturbation=kind)
     twin.module.load_state_dict(training.module.state_dict())
     with torch.no_grad():
         for parameter, weight in zip(twin.module.parameters(), weights, strict=True):
@@ -346,11 +345,11 @@ def test_carried_momentum_is_that_of_the_same_gradient_for_the_new_v(rank):
     assert torch.equal(momentum, torch.zeros_like(momentum))
 
 
-def test_carry_keeps_second_moments_and_moves_first_ones():
+def test_a_relative_layer_keeps_second_moments_and_moves_first_ones():
     torch.manual_seed(0)
-    layer = P4InvTransform(4, **PAPER)
+    layer = P4InvTransform(4, rank=2)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
-    MergeHook(layer, optimizer, every=3, restart="carry", draw="normal")
+    MergeHook(layer, optimizer, every=3)
     x = torch.randn(8, 4)
     for _ in range(2):
         layer(x)[0].square().sum().backward()
@@ -359,27 +358,26 @@ def test_carry_keeps_second_moments_and_moves_first_ones():
     # The third step without its merge, on copies.
     twin = copy.deepcopy(layer)
     for own, other in zip(layer.parameters(), twin.parameters(), strict=True):
-        other.grad = own.grad.clone()
+        other.grad = None if own.grad is None else own.grad.clone()
     plain = torch.optim.Adam(twin.parameters(), lr=1e-2)
     plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     plain.step()
     optimizer.step()
     old, new = twin.matrix.v, layer.matrix.v
     assert not torch.equal(old, new)
-    factor = (old * new).sum() / old.square().sum()
-    state_u, state_v = optimizer.state[layer.matrix.u], optimizer.state[layer.matrix.v]
-    torch.testing.assert_close(state_u["exp_avg"], factor * plain.state[twin.matrix.u]["exp_avg"])
-    assert not state_v["exp_avg"].any()
-    for state, parameter in ((state_u, twin.matrix.u), (state_v, twin.matrix.v)):
-        assert torch.equal(state["exp_avg_sq"], plain.state[parameter]["exp_avg_sq"])
-        assert state["step"] == 3
+    transport = torch.linalg.lstsq(old, new).solution
+    state, before = optimizer.state[layer.matrix.u], plain.state[twin.matrix.u]
+    torch.testing.assert_close(state["exp_avg"], before["exp_avg"] @ transport)
+    assert torch.equal(state["exp_avg_sq"], before["exp_avg_sq"])
+    assert state["step"] == 3
 
 
-@pytest.mark.parametrize("restart", ["v", "carry"])
-def test_state_of_a_reset_perturbation_is_finite_again(restart):
-    layer = P4InvTransform(3, **PAPER)
+@pytest.mark.filterwarnings("ignore:the perturbation of:UserWarning")
+@pytest.mark.parametrize("kind", ["relative", "additive"])
+def test_state_of_a_reset_perturbation_is_finite_again(kind):
+    layer = P4InvTransform(3, rank=1, perturbation=kind)
     optimizer = torch.optim.Adam(layer.parameters())
-    hook = MergeHook(layer, optimizer, every=2, restart=restart)
+    hook = MergeHook(layer, optimizer, every=2)
     for scale in (1.0, math.nan):
         optimizer.zero_grad()
         (scale * layer(torch.ones(2, 3))[0]).sum().backward()
@@ -387,9 +385,11 @@ def test_state_of_a_reset_perturbation_is_finite_again(restart):
     assert hook.stats.reset == 1
     for factor in (layer.matrix.u, layer.matrix.v):
         assert factor.isfinite().all()
-        assert all(entry.isfinite().all() for entry in optimizer.state[factor].values())
+        state = optimizer.state.get(factor, {})
+        assert all(entry.isfinite().all() for entry in state.values())
 
 
+@pytest.mark.filterwarnings("ignore:the perturbation of:UserWarning")
 def test_shared_step_restarts_when_each_matrix_was_merged_or_reset():
     matrix = InvertibleMatrix(3, batch_shape=(2,), **PAPER)
     optimizer = torch.optim.Adam(matrix.parameters())
@@ -399,3 +399,105 @@ def test_shared_step_restarts_when_each_matrix_was_merged_or_reset():
     optimizer.step()
     assert (hook.stats.merged, hook.stats.reset) == (1, 1)
     assert optimizer.state[matrix.v]["step"] == 0
+
+
+class Interpolating(torch.optim.Optimizer):
+    """As schedule-free SGD: gradients at y = (z + x)/2, steps of z, evaluation at their mean x."""
+
+    def __init__(self, parameters, lr=0.05):
+        super().__init__(parameters, {"lr": lr, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] += 1
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.clone())
+                x = 2 * y - z
+                if y.grad is not None:
+                    z.sub_(y.grad, alpha=group["lr"])
+                x.lerp_(z, 1 / group["step"])
+                y.copy_((z + x) / 2)
+
+    @torch.no_grad()
+    def swap(self):
+        """Put x in the place of y, and back."""
+        for group in self.param_groups:
+            for y in group["params"]:
+                z = self.state[y]["z"]
+                y.copy_((y + z) / 2 if group.get("is_x") else 2 * y - z)
+            group["is_x"] = not group.get("is_x")
+
+
+class SlowAndFast(torch.optim.Optimizer):
+    """As Lookahead: every second step returns half of the way to where the last such step ended."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer, self.steps = optimizer, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("slow_params", p.clone())
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % 2 == 0:
+            for p, state in self.state.items():
+                p.lerp_(state["slow_params"], 0.5)
+                state["slow_params"].copy_(p)
+
+
+def losses_of(layer, optimizer, steps):
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([2, 1, 0.5])
+
+    def nll():
+        z, logabsdet = layer(x)
+        return (z.square().sum(-1) / 2 - logabsdet).mean()
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nll().backward()
+        optimizer.step()
+    return nll
+
+
+def test_a_merge_changes_no_average_of_weights():
+    torch.manual_seed(0)
+    layer = P4InvTransform(3).double().float()
+    optimizer = Interpolating(layer.parameters())
+    hook = MergeHook(layer, optimizer, every=10**6)
+    nll = losses_of(layer, optimizer, 24)
+    optimizer.swap()
+    before = nll().item()
+    optimizer.swap()
+    assert hook.merge()
+    optimizer.swap()
+    assert nll().item() == pytest.approx(before, abs=1e-5)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_slow_weights_move_with_a_merge(bound):
+    trained = []
+    for every in (3, 10**6):
+        torch.manual_seed(0)
+        layer = P4InvTransform(3)
+        optimizer = SlowAndFast(torch.optim.SGD(layer.parameters(), lr=0.01))
+        hook = MergeHook(layer, optimizer if bound else None, every=every)
+        losses_of(layer, optimizer, 4)
+        hook.merge()
+        # A step without gradients: halfway back to where the slow weights were.
+        optimizer.zero_grad()
+        losses_of(layer, optimizer, 0)
+        trained.append(layer.weight().detach())
+    torch.testing.assert_close(*trained, atol=2e-3, rtol=0)
+
+
+def test_a_copy_of_weights_that_cannot_move_is_refused_by_name():
+    for options in ({"rank": 1}, {"perturbation": "additive"}):
+        layer = P4InvTransform(3, **options)
+        optimizer = Interpolating(layer.parameters())
+        MergeHook(layer, optimizer, every=3)
+        with pytest.raises(TypeError, match=r"Interpolating keeps a copy of the weights \('z'\)"):
+            losses_of(layer, optimizer, 3)

@@ -64,7 +64,7 @@ def gradients(transform: Transform, inputs: Tensor) -> list[Tensor]:
 
 def as_function(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The transform as a function of inputs and parameters, and its arguments, for gradcheck."""
-    names = [name for name, _ in case.transform.named_parameters()]
+    names = [name for name, p in case.transform.named_parameters() if p.requires_grad]
 
     def function(inputs: Tensor, *values: Tensor) -> Tensor:
         parameters = dict(zip(names, values, strict=True))
@@ -72,7 +72,7 @@ def as_function(case: Case) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         # One tensor, because gradcheck leaves out those without a graph.
         return torch.cat([outputs, logabsdet[:, None]], dim=-1)
 
-    arguments = (case.inputs[:2], *case.transform.parameters())
+    arguments = (case.inputs[:2], *(p for p in case.transform.parameters() if p.requires_grad))
     return function, tuple(t.detach().clone().requires_grad_() for t in arguments)
 
 

@@ -147,6 +147,7 @@ def test_a_training_step_does_no_cubic_work(rank):
     optimizer = torch.optim.Adam(layer.parameters())
     hook = MergeHook(layer, optimizer, every=1, correct_every=None)
     x = torch.randn(5, 32, requires_grad=True)
+    layer(x)  # `move` has written v
     with CubicOperations(32) as cubic:
         for pass_ in (layer.forward, layer.inverse):
             outputs, logabsdet = pass_(x)

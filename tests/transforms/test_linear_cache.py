@@ -188,6 +188,7 @@ def test_a_correction_is_noticed():
     layer = P4InvTransform(4, using_cache=True).double().eval()
     move(layer)
     x = torch.randn(3, 4, dtype=torch.float64)
+    layer.inverse(layer(x)[0])
     layer.matrix.inverse_frozen.mul_(1.01)
     assert not torch.allclose(layer.inverse(layer(x)[0])[0], x)
     layer.matrix.correct()

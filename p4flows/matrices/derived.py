@@ -1,0 +1,127 @@
+"""What is derived from a matrix A, and whether it is still that of A.
+
+A fingerprint of both is stored beside them. Integer sums do not depend on the
+order of summation: the same bits have the same fingerprint on every device and in every process.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from p4flows.matrices.directions import scramble
+
+# Derives, from the tensors that decide, everything that is stored beside A: tensors by name.
+Derivation = Callable[..., dict[str, Tensor]]
+derivations: dict[str, Derivation] = {}
+
+
+def fingerprint(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
+    """A number that two lists of tensors share when they are equal bit by bit, and hardly else.
+
+    Args:
+        tensors: float32 or float64, each of shape `(*batch,)` or `(*batch, m, n)`.
+        batch_dims: number of dimensions of the batch.
+
+    Returns:
+        int64 tensor of shape `batch`. Cost O(mn).
+
+    Example:
+        >>> a = torch.eye(3)
+        >>> bool(fingerprint([a]) == fingerprint([a.clone()]))
+        True
+        >>> bool(fingerprint([a]) == fingerprint([a.flip(0)]))
+        False
+    """
+    scalars = [tensor for tensor in tensors if tensor.dim() == batch_dims]
+    matrices = [tensor for tensor in tensors if tensor.dim() > batch_dims]
+    if scalars:
+        matrices.append(torch.stack(scalars, -1).unsqueeze(-2))
+    numbers = [_hash(matrix.detach().contiguous()) for matrix in matrices]
+    return (torch.stack(numbers, -1) * _weights(len(numbers), tensors[0].device)).sum(-1)
+
+
+def _hash(matrix: Tensor) -> Tensor:
+    bits = _bits(matrix)
+    rows = (bits * _weights(bits.shape[-1], bits.device)).sum(-1)
+    # The high bits of a product depend on all bits of its factors, the low ones on few.
+    return ((rows ^ (rows >> 32)) * _weights(rows.shape[-1], bits.device)).sum(-1)
+
+
+def _bits(matrix: Tensor) -> Tensor:
+    """The same memory as integers, two float32 at a time where they are an even number."""
+    is_wide = matrix.dtype == torch.float64 or matrix.shape[-1] % 2 == 0
+    return matrix.view(torch.int64 if is_wide else torch.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(size: int, device: torch.device) -> Tensor:
+    """Different odd numbers without a pattern."""
+    with torch.inference_mode(False):
+        return scramble(torch.arange(1, size + 1, device=device)) | 1
+
+
+def sample(tensors: Sequence[Tensor]) -> float:
+    """A number that changes with the tensors, cheap and, unlike a fingerprint, of this process.
+
+    Args:
+        tensors: each of shape `(*batch, m, n)`.
+
+    Returns:
+        The number. Cost O(mn), and a wait for the device.
+    """
+    parts = []
+    for tensor in tensors:
+        rows = (tensor.detach() @ _floats(tensor.shape[-1], tensor.dtype, tensor.device)).flatten()
+        parts.append(rows @ _floats(len(rows), rows.dtype, rows.device))
+    return sum(parts[1:], parts[0]).item()
+
+
+@functools.lru_cache(maxsize=256)
+def _floats(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.linspace(0.5, 1.5, size, dtype=dtype, device=device).sin_()
+
+
+@torch.library.custom_op("p4flows::current", mutates_args=())
+def current(
+    kind: str,
+    names: str,
+    stored: list[Tensor],
+    stored_fingerprint: Tensor,
+    deciding: list[Tensor],
+    derived: list[Tensor],
+) -> list[Tensor]:
+    """What is stored where it belongs to A, and what is derived from A where it does not.
+
+    One opaque operation of a compiled graph, because a graph cannot see that A was written.
+
+    Args:
+        kind: a name in `derivations`.
+        names: of the stored tensors, separated by spaces.
+        stored: the tensors.
+        stored_fingerprint: of what decided and was derived when they were stored.
+        deciding: the arguments of the `Derivation`.
+        derived: what else the fingerprint is of.
+
+    Returns:
+        As many new tensors as there are names.
+    """
+    found = fingerprint([*deciding, *derived], stored_fingerprint.dim())
+    if torch.equal(found, stored_fingerprint):
+        return [tensor.clone() for tensor in stored]
+    fresh = derivations[kind](*deciding)
+    return [fresh[name].clone() for name in names.split()]
+
+
+@current.register_fake
+def _(
+    kind: str,
+    names: str,
+    stored: list[Tensor],
+    stored_fingerprint: Tensor,
+    deciding: list[Tensor],
+    derived: list[Tensor],
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in stored]
