@@ -1,14 +1,14 @@
 """What a library's loop leaves of a module with P4 layers."""
 
 import pytest
-
-from p4flows import PerturbedMatrix
 from p4flows.merging.attaching import driver_of
+
+from p4flows.matrices import PerturbedMatrix
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
 LIBRARIES_WARN = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("error::p4flows.NotMergedWarning"),
+    pytest.mark.filterwarnings("error::p4flows.matrices.NotMergedWarning"),
 ]
 
 
