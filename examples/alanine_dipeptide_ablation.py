@@ -28,8 +28,7 @@ class Variant:
     swap: Swap = "p4"
     rank: int = 1
     every: int = 100
-    restart: str = "v"
-    draw: str = "normal"
+    paper: bool = True  # how v is drawn, and what becomes of its optimizer state
     shuffled: bool = False  # columns of the features in random order
 
 
@@ -42,8 +41,7 @@ VARIANTS = {
     "P4Inv, N = 1": Variant(every=1),
     "P4Inv, N = 500": Variant(every=500),
     "P4Inv, rank 4": Variant(rank=4),
-    'P4Inv, draw="basis"': Variant(draw="basis"),
-    'P4Inv, restart="carry"': Variant(restart="carry"),
+    "P4Inv, v from bases, momentum carried": Variant(paper=False),
 }
 FLOWS = {"affine": affine_flow, "spline": spline_flow}
 
@@ -71,7 +69,7 @@ def train(couplings: str, name: str, steps: int, seed: int, output: Path) -> Rec
     flow = FLOWS[couplings](variant.swap, rank=variant.rank)
     hook: MergeHook | bool = False
     if variant.swap == "p4":
-        hook = MergeHook(flow, every=variant.every, restart=variant.restart, draw=variant.draw)
+        hook = MergeHook(flow, every=variant.every, paper=variant.paper)
     fit(flow, problem.batch, max_steps=steps, learning_rate=1e-3, hook=hook, seed=seed)
     numbers, _ = evaluate(problem, flow, seed)
     return {"couplings": couplings, "variant": name, "seed": seed, **numbers}

@@ -78,9 +78,7 @@ def merits(
     numbers["free_energy_raw_kt"] = free_energy_difference(
         torch.zeros(len(label)), label == 0, label == 1
     )
-    numbers["inverse_error"] = max(
-        (row.error.right.item() for row in diagnose(flow, show=False)), default=None
-    )
+    numbers["inverse_error"] = max((row.error.right.item() for row in diagnose(flow)), default=None)
     if math.isclose(energy.temperature, problem.temperature):
         seen = spaced(problem.training, FRAMES)
         numbers["nll_training"] = _nll(flow, problem, seen)

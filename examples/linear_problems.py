@@ -81,15 +81,13 @@ def train(problem: Problem, method: Method, preset: Preset, seed: int) -> dict[s
     optimizer = optimizer_class(trained.parameters, lr=method.learning_rate)
     hook = None
     if trained.matrix is not None:
-        restart = "carry" if method.optimizer == "Adam" else "v"
         hook = MergeHook(
             trained.matrix,
             optimizer,
             every=method.every,
             force_every=10,
             correct_every=50,
-            restart=restart,
-            draw=method.draw,
+            paper=method.draw == "normal",
         )
     curves: dict[str, list[Any]] = {"steps": [], "losses": [], "eigenvalues": []}
     errors = []

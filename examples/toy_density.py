@@ -89,7 +89,7 @@ def train(
     hook: MergeHook | bool = False
     if model.every is not None:
         # N_force = 10 and N_correct = 50, as by default.
-        hook = MergeHook(flow, every=model.every, restart="carry", draw="normal")
+        hook = MergeHook(flow, every=model.every)
 
     def halved(optimizer: Optimizer, steps: int) -> LRScheduler:
         return StepLR(optimizer, preset.steps_per_epoch, gamma=0.5)

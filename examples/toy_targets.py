@@ -13,6 +13,7 @@ pinwheel's is −inf for `|x| > 8`, where its probability is 1e-23.
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -108,7 +109,7 @@ class Target:
             >>> TARGETS["moons"].sample(3, dtype=torch.float64).dtype
             torch.float64
         """
-        if not isinstance(n, int) or isinstance(n, bool):
+        if isinstance(n, bool) or not isinstance(n, numbers.Integral):
             raise TypeError(f"n must be a non-negative int, got {type(n).__name__}")
         if n < 0:
             raise ValueError(f"n must be a non-negative int, got {n}")

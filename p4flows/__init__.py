@@ -4,14 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from p4flows.diagnosis import diagnose
-from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
-from p4flows.matrices.perturbed import NotMergedWarning
+from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix
 from p4flows.merging.average import AveragedModel
 from p4flows.merging.hook import MergeHook
 from p4flows.parametrize import invertible, orthogonal
 
 if TYPE_CHECKING:
-    from p4flows.flows.base import BaseNormal
     from p4flows.flows.conversion import plain, swap_linear
     from p4flows.flows.paper import bent_stacked_flow, realnvp_flow
     from p4flows.flows.spline import spline_flow
@@ -27,18 +25,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AveragedModel",
-    "BaseNormal",
     "BentIdentity",
     "BentStack",
     "InvertibleMatrix",
     "MergeBounds",
     "MergeHook",
-    "NotMergedWarning",
     "OrthogonalMatrix",
     "P4InvTransform",
     "P4OneByOneConvolution",
     "P4OrthogonalTransform",
-    "PerturbedMatrix",
     "bent_stacked_flow",
     "diagnose",
     "invertible",
@@ -52,7 +47,6 @@ __all__ = [
 # Imported when they are first asked for: they need nflows, which brings tensorboard and matplotlib
 # along, and a weight of an nn.Linear does not.
 _NEED_NFLOWS = {
-    "flows.base": ("BaseNormal",),
     "flows.conversion": ("plain", "swap_linear"),
     "flows.paper": ("bent_stacked_flow", "realnvp_flow"),
     "flows.spline": ("spline_flow",),

@@ -223,7 +223,7 @@ def check_columns(name: str, columns: object, features: int) -> None:
     if not isinstance(columns, Sequence) or isinstance(columns, str):
         raise TypeError(f"{name} must be a sequence of columns, got {type(columns).__name__}")
     for column in columns:
-        if not isinstance(column, int) or isinstance(column, bool):
+        if not is_int(column):
             raise TypeError(f"{name} must hold ints, got {type(column).__name__}")
         if not 0 <= column < features:
             raise ValueError(f"{name} must hold columns from 0 to {features - 1}, got {column}")

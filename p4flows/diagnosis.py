@@ -33,8 +33,8 @@ class LayerDiagnosis(NamedTuple):
     verdict: str
 
 
-def diagnose(module: nn.Module, *, show: bool = True) -> list[LayerDiagnosis]:
-    """Measure every perturbed matrix of a module, and print a row for each.
+def diagnose(module: nn.Module, *, show: bool = False) -> list[LayerDiagnosis]:
+    """Measure how exact every perturbed matrix of a module is.
 
     Args:
         module: holds the matrices, at any depth.
@@ -48,7 +48,7 @@ def diagnose(module: nn.Module, *, show: bool = True) -> list[LayerDiagnosis]:
 
     Example:
         >>> from p4flows import P4InvTransform
-        >>> rows = diagnose(nn.Sequential(P4InvTransform(3)))
+        >>> rows = diagnose(nn.Sequential(P4InvTransform(3)), show=True)
         layer     kind              n  count     cond   |AX-I|   |XA-I|    ratio  ln|det|  verdict
         0.matrix  InvertibleMatrix  3      1  1.0e+00  0.0e+00  0.0e+00  0.0e+00  0.0e+00  right
         >>> rows[0].error.condition.item()

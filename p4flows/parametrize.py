@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from p4flows.arguments import check_module
-from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix
+from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
 from p4flows.matrices.orthogonal import nearest_orthogonal
+from p4flows.matrices.precision import storage_dtype
 
 
 def orthogonal(module: nn.Module, name: str = "weight", *, rank: int = 1) -> nn.Module:
@@ -44,11 +45,13 @@ def orthogonal(module: nn.Module, name: str = "weight", *, rank: int = 1) -> nn.
         weight.shape[-1],
         batch_shape=tuple(weight.shape[:-2]),
         rank=rank,
-        init=nearest_orthogonal(weight),
+        # In float32 at least: rounded to bfloat16, no matrix is orthogonal.
+        init=nearest_orthogonal(weight.to(storage_dtype(weight.dtype))),
+        dtype=weight.dtype,
     )
     with torch.no_grad():
         weight.copy_(matrix.frozen)
-    return register_parametrization(module, name, matrix)
+    return _register(module, name, matrix)
 
 
 def invertible(
@@ -97,6 +100,13 @@ def invertible(
         bounds=bounds,
         perturbation=perturbation,
     )
+    return _register(module, name, matrix)
+
+
+def _register(module: nn.Module, name: str, matrix: PerturbedMatrix) -> nn.Module:
+    # What is frozen stays frozen.
+    if not getattr(module, name).requires_grad:
+        matrix.requires_grad_(False)
     return register_parametrization(module, name, matrix)
 
 

@@ -23,7 +23,7 @@ def flow():
 
 
 def test_a_row_for_each_layer_is_printed(capsys):
-    rows = diagnose(flow())
+    rows = diagnose(flow(), show=True)
     assert [row.name for row in rows] == ["0.matrix", "2.matrix", "3.matrix"]
     assert [row.kind for row in rows] == 2 * ["InvertibleMatrix"] + ["OrthogonalMatrix"]
     assert [(row.size, row.rank, row.matrices) for row in rows] == [(3, 1, 1), (3, 2, 4), (3, 1, 1)]
@@ -35,7 +35,7 @@ def test_a_row_for_each_layer_is_printed(capsys):
 
 
 def test_show_false_prints_nothing(capsys):
-    assert len(diagnose(flow(), show=False)) == 3
+    assert len(diagnose(flow())) == 3
     assert capsys.readouterr().out == ""
 
 
@@ -52,10 +52,10 @@ def test_show_false_prints_nothing(capsys):
 def test_what_is_off_is_to_be_corrected(spoil):
     layers = flow()
     spoil(layers[2].matrix)
-    verdicts = [row.verdict for row in diagnose(layers, show=False)]
+    verdicts = [row.verdict for row in diagnose(layers)]
     assert verdicts == ["right", "correct it", "right"]
     layers[2].matrix.correct()
-    assert {row.verdict for row in diagnose(layers, show=False)} == {"right"}
+    assert {row.verdict for row in diagnose(layers)} == {"right"}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_is_off_is_to_be_corrected(spoil):
 )
 def test_what_the_dtype_cannot_carry_is_ill_conditioned(dtype, verdict):
     layer = P4InvTransform(2, init=torch.diag(torch.tensor([1.0, 1e-6], dtype=dtype)))
-    assert diagnose(layer, show=False)[0].verdict == verdict
+    assert diagnose(layer)[0].verdict == verdict
 
 
 def test_what_is_no_module_is_refused():

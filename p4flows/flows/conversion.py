@@ -71,7 +71,8 @@ def swap_linear(
 
     They are found by what they have, `weight()`, `weight_inverse()` and `bias`, not by their class:
     LULinear and the others of nflows, and the copies of it in glasflow and normflows; a
-    `OneByOneConvolution` becomes a `P4OneByOneConvolution`. Build the optimizer afterwards.
+    `OneByOneConvolution` becomes a `P4OneByOneConvolution`. Swap before you build the optimizer,
+    which would otherwise step the old parameters.
 
     Args:
         module: is changed, unless it is such a layer itself.
@@ -113,9 +114,13 @@ def swap_linear(
             bounds=bounds,
             perturbation=perturbation,
         )
+        # What is frozen stays frozen.
+        if not any(p.requires_grad for p in layer.parameters() if p is not bias):
+            new.matrix.requires_grad_(False)
         if isinstance(bias, Tensor) and new.bias is not None:
             with torch.no_grad():
                 new.bias.copy_(bias)
+            new.bias.requires_grad_(bias.requires_grad)
         return new.train(layer.training)
 
     result = _replaced(module, swapped)

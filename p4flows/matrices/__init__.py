@@ -5,13 +5,14 @@ from p4flows.matrices.error import MatrixError
 from p4flows.matrices.invertible import InvertibleMatrix
 from p4flows.matrices.merge import MergeOutcome
 from p4flows.matrices.orthogonal import OrthogonalMatrix
-from p4flows.matrices.perturbed import PerturbedMatrix
+from p4flows.matrices.perturbed import NotMergedWarning, PerturbedMatrix
 
 __all__ = [
     "InvertibleMatrix",
     "MatrixError",
     "MergeBounds",
     "MergeOutcome",
+    "NotMergedWarning",
     "OrthogonalMatrix",
     "PerturbedMatrix",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Self
 
 from torch import Tensor
@@ -48,7 +49,10 @@ class MergeBounds:
             if (
                 not isinstance(interval, tuple)
                 or len(interval) != 2
-                or not all(isinstance(bound, int | float) for bound in interval)
+                or not all(
+                    isinstance(bound, numbers.Real) and not isinstance(bound, bool)
+                    for bound in interval
+                )
             ):
                 raise TypeError(f"{field.name} must be a pair of numbers, got {interval!r}")
             if not interval[0] < interval[1]:

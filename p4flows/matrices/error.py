@@ -57,9 +57,10 @@ class MatrixError(NamedTuple):
             8·n·eps·cond, or 100·eps where that is more; and the right sign. False where a field
             is NaN.
         """
-        # ln|det A| of a small, well-conditioned matrix may be large itself, and rounds by its size.
         terms = LOGABSDET * size * self.condition
         allowed = torch.finfo(dtype).eps * terms.clamp(min=100.0)
+        # |ln|det A|| may be 700 for each dimension, and float64 rounds it by its size.
+        allowed = allowed + size * 1e3 * torch.finfo(torch.float64).eps
         return (self.ratio <= RATIO) & (self.logabsdet <= allowed) & ~self.wrong_sign
 
     def worst(self) -> Self:

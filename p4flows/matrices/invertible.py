@@ -86,7 +86,6 @@ class InvertibleMatrix(PerturbedMatrix):
 
     Attributes:
         perturbation: as given.
-        kind: buffer, the perturbation as a number, so that a state cannot be loaded into the other.
         frozen: buffer, A, shape `(*batch_shape, n, n)`.
         inverse_frozen: buffer, A⁻¹.
         sign: buffer, sign of det A, shape `batch_shape`.
@@ -116,7 +115,6 @@ class InvertibleMatrix(PerturbedMatrix):
     logabsdet_frozen: Tensor
     logabsdet_carry: Tensor
     right: Tensor
-    kind: Tensor
 
     _derived = ("inverse_frozen", "sign", "logabsdet_frozen", "logabsdet_carry")
 
@@ -140,7 +138,7 @@ class InvertibleMatrix(PerturbedMatrix):
         self.perturbation = self._derivation = perturbation
         self._is_relative = perturbation == "relative"
         self._deciding = ("frozen", "v") if self._is_relative else ("frozen",)
-        self._draw = "basis" if self._is_relative else "normal"
+        self._deals_basis = self._is_relative
         self._trains_v = not self._is_relative
         self._scale = math.sqrt(min(1.0, _UNSCALED_UP_TO / size)) if self._is_relative else 1.0
         rank = default_rank(size) if rank is None else rank
@@ -155,8 +153,7 @@ class InvertibleMatrix(PerturbedMatrix):
 
     def _state_of(self, matrix: Tensor, dtype: torch.dtype) -> State:
         """A with its inverse and log-determinant, computed once in float64."""
-        kind = torch.tensor(_KINDS.index(self.perturbation), device=matrix.device)
-        state = {"kind": kind, "frozen": matrix, **_by_lu(matrix)}
+        state = {"frozen": matrix, **_by_lu(matrix)}
         # Written so that NaN, the condition number of an exactly singular matrix, is refused too.
         if not bool(self._is_in_set(state).all()):
             condition = norm_1(matrix) * norm_1(state["inverse_frozen"])
@@ -299,6 +296,9 @@ class InvertibleMatrix(PerturbedMatrix):
         logabsdet = state["logabsdet_frozen"].double() + state["logabsdet_carry"].double()
         return state["frozen"], state["inverse_frozen"], state["sign"], logabsdet
 
+    def _kind_of(self, basis: bool) -> int:
+        return 2 * _KINDS.index(self.perturbation) + basis
+
     def _layout(self) -> tuple[Any, ...]:
         return (*super()._layout(), self.bounds, self.perturbation)
 
@@ -307,7 +307,7 @@ class InvertibleMatrix(PerturbedMatrix):
     ) -> None:
         kind = state_dict.get(prefix + "kind")
         if isinstance(kind, Tensor) and not kind.is_meta:
-            saved = _KINDS[int(kind)]
+            saved = _KINDS[int(kind) // 2]
             if saved != self.perturbation:
                 # The tensors are of the same names and shapes, and mean another matrix.
                 error_msgs: list[str] = arguments[-1]

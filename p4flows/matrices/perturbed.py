@@ -118,6 +118,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         fingerprint: buffer, int64 of shape `batch_shape`: of what the other buffers belong to.
         seed: buffer, int64 of shape `batch_shape`: each draw of v is a function of it and `draws`.
         draws: buffer, int64 of shape `batch_shape`: how often v has been drawn.
+        kind: buffer, int64: the perturbation, and how v is drawn, so that a state has both.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -131,14 +132,16 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     fingerprint: Tensor
     seed: Tensor
     draws: Tensor
+    kind: Tensor
 
     # What decides the rest of the state, and what a state_dict has of that rest.
     _deciding: tuple[str, ...] = ("frozen",)
     _derived: tuple[str, ...] = ()
     # The name of its `Derivation`, for compiled graphs.
     _derivation: str
-    # "normal": independent draws. "basis": the next columns of random orthogonal bases.
-    _draw: str = "normal"
+    # How v is drawn without a `MergeHook`: independently from a normal distribution, or as the next
+    # columns of random orthogonal bases.
+    _deals_basis = False
     # The length of v, relative to E[v vᵀ] = I, and whether an optimizer trains it.
     _scale = 1.0
     _trains_v = True
@@ -186,6 +189,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             self.v = nn.Parameter(torch.zeros_like(self.u))
             self.register_buffer("seed", frozen.new_zeros(batch_shape, dtype=torch.int64))
             self.register_buffer("draws", torch.zeros_like(self.seed))
+            self.register_buffer("kind", frozen.new_zeros((), dtype=torch.int64))
             self._register_more()
             self._start()
         self._init = init if isinstance(init, str) else "identity"
@@ -567,6 +571,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             seed = torch.randint(1 << 62, tuple(self.batch_shape), dtype=torch.int64, device="cpu")
             self.seed.copy_(seed)
             self.draws.zero_()
+            self.kind.fill_(self._kind_of(self._deals_basis))
             self._write({}, torch.ones_like(self.draws, dtype=torch.bool))
 
     def _write(self, changes: State, restarted: Tensor) -> None:
@@ -580,7 +585,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """u = 0 and v drawn again for the matrices in `where`."""
         seed, draws, v = state["seed"], state["draws"], state["v"]
         shape = (self.size, self.rank)
-        if self._draw == "normal":
+        if not self._is_basis:
             fresh = standard_normal(seed, draws, shape)
         else:
             fresh = basis_columns(seed, torch.zeros_like(draws) if self._keeps_v else draws, shape)
@@ -592,13 +597,29 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             "draws": draws + where,
         }
 
+    @torch.no_grad()
+    def _draw_as(self, basis: bool) -> None:
+        """Draw v so from now on, and at once where it is still the first one and u = 0."""
+        if basis == self._is_basis or self.frozen.is_meta:
+            return
+        self.kind.fill_(self._kind_of(basis))
+        untouched = (self.draws == 1) & (self.u == 0).flatten(-2).all(-1)
+        self._write({"draws": self.draws - untouched.long()}, untouched)
+
+    def _kind_of(self, basis: bool) -> int:
+        return int(basis)
+
+    @property
+    def _is_basis(self) -> bool:
+        return bool(int(self.kind) % 2)
+
     @property
     def _keeps_v(self) -> bool:
         """Whether all directions are in the first v, which then stays.
 
         In another basis, an optimizer's averages of squares would be those of other directions.
         """
-        return self._draw == "basis" and self.rank == self.size
+        return self.rank == self.size and self._is_basis
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; what is stored is compared with A when the matrix is next read."""

@@ -76,6 +76,9 @@ class MergeHook:
         compare_processes: whether processes that train the same module are compared at each merge,
             by one reduction of a few numbers: those of a `DistributedDataParallel` in the module,
             else all of `torch.distributed`. False where they train different modules.
+        paper: whether v is drawn independently each time, and its optimizer state starts again at
+            each merge. By default v is dealt in turn from the columns of random orthogonal bases,
+            and momentum that points along the old v is carried over to the new one.
 
     Attributes:
         stats: a `MergeStats`.
@@ -115,6 +118,7 @@ class MergeHook:
         force_every: int | None = 10,
         correct_every: int | None = 50,
         compare_processes: bool = True,
+        paper: bool = False,
     ) -> None:
         check_module(module)
         chain = chain_of(optimizer)
@@ -133,7 +137,10 @@ class MergeHook:
         refuse_what_cannot_merge(matrices, inner)
         if inner is not None:
             _check_held(matrices, inner)
+        for matrix in matrices.values():
+            matrix._draw_as(basis=not paper)
         self.stats = MergeStats()
+        self._paper = paper
         self._warned: set[str] = set()
         self._skipped: Tensor | None = None
         self._compare_processes = compare_processes
@@ -157,7 +164,7 @@ class MergeHook:
         force_every: int | None = 10,
         correct_every: int | None = 50,
     ) -> Self:
-        """A hook with the intervals of the paper.
+        """A hook with the intervals of the paper, and `paper=True`.
 
         Args:
             module: as in the constructor.
@@ -175,6 +182,7 @@ class MergeHook:
             every=every,
             force_every=force_every,
             correct_every=correct_every,
+            paper=True,
         )
 
     @property
@@ -258,7 +266,8 @@ class MergeHook:
     def __repr__(self) -> str:
         return (
             f"MergeHook({len(self._trained())} matrices, every={self.every}, "
-            f"force_every={self.force_every}, correct_every={self.correct_every})"
+            f"force_every={self.force_every}, correct_every={self.correct_every}"
+            f"{', paper=True' if self._paper else ''})"
         )
 
     def _start(self, matrices: dict[str, PerturbedMatrix], module: nn.Module | None) -> None:
@@ -278,7 +287,7 @@ class MergeHook:
         self._comparison: Comparison | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("stats", "_schedule", "_warned", "_skipped", "_compare_processes")
+        names = ("stats", "_schedule", "_paper", "_warned", "_skipped", "_compare_processes")
         state = {name: getattr(self, name) for name in names}
         matrices = self._alive()
         # A copy does not share what goes on counting.
@@ -447,7 +456,7 @@ class MergeHook:
             for optimizer, attached in self._attached.items():
                 if attached.saved is not None:
                     around = [found for each in attached.around if (found := each()) is not None]
-                    follow_merge([*around, optimizer], matrix, before, outcome)
+                    follow_merge([*around, optimizer], matrix, before, outcome, self._paper)
 
     def _warn_of_resets(self, group: dict[str, PerturbedMatrix], reset: Tensor) -> None:
         names = [name for name, row in zip(group, reset, strict=True) if bool((row > 0).any())]

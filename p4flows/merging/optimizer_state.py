@@ -35,17 +35,20 @@ def follow_merge(
     matrix: PerturbedMatrix,
     before: dict[str, Tensor],
     outcome: MergeOutcome,
+    paper: bool,
 ) -> None:
     """Make the state of u and v fit a matrix that has just been merged or reset.
 
-    Where v is not trained, averages of gradients are carried over to the new v. Where it is, its
-    state starts again and u keeps its own (the paper). Copies of u move with it.
+    Averages of gradients of u are carried over to the new v, those of v start at zero, and second
+    moments stay. In the paper the state of v starts again, and u keeps its own. Copies of u move
+    with it.
 
     Args:
         optimizers: an optimizer behind those that wrap it; each may have a state.
         matrix: after the merge.
         before: its u and v before the merge.
         outcome: what the merge did.
+        paper: whether to follow the paper.
     """
     u, v = matrix.u, matrix.v
     for optimizer in optimizers:
@@ -55,10 +58,13 @@ def follow_merge(
         _move_copies(optimizer, matrix, before, outcome)
         if not isinstance(optimizer, Optimizer):
             continue
-        if matrix._trains_v:
+        if paper:
             restart_parameter(optimizer, v, outcome.merged | outcome.reset)
         else:
             carry_momentum(optimizer, u, before["v"], v, outcome.merged)
+            for name, momentum in _entries(optimizer, v):
+                if name in _MOMENTA:
+                    momentum.masked_fill_(outcome.merged[..., None, None], 0.0)
         # The state of what was not finite is not finite either.
         for factor in (u, v):
             restart_parameter(optimizer, factor, outcome.reset)

@@ -1,10 +1,13 @@
 """P4OneByOneConvolution: the channels of images, mixed by a perturbed matrix."""
 
-from typing import Any
+from typing import Literal
 
-from torch import Tensor
+import torch
+from nflows.transforms.linear import Linear
+from torch import Tensor, nn
 
 from p4flows.arguments import check_floating, check_positive_int
+from p4flows.matrices import MergeBounds
 from p4flows.transforms.linear import P4InvTransform
 
 
@@ -16,8 +19,15 @@ class P4OneByOneConvolution(P4InvTransform):
 
     Args:
         channels: n.
-        **options: those of `P4InvTransform`; with init=`OneByOneConvolution` of nflows its
-            permutation is taken over as well.
+        rank: as in `P4InvTransform`.
+        init: as in `P4InvTransform`; of nflows' `OneByOneConvolution` the permutation is taken over
+            as well.
+        bias: as in `P4InvTransform`.
+        using_cache: as in `P4InvTransform`.
+        bounds: as in `P4InvTransform`.
+        perturbation: as in `P4InvTransform`.
+        device: as in `P4InvTransform`.
+        dtype: as in `P4InvTransform`.
 
     Raises:
         TypeError: when an argument has the wrong type.
@@ -35,9 +45,31 @@ class P4OneByOneConvolution(P4InvTransform):
         (True, [0.0])
     """
 
-    def __init__(self, channels: int, **options: Any) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rank: int | None = None,
+        init: str | Tensor | Linear | nn.Linear = "identity",
+        bias: bool = True,
+        using_cache: bool = False,
+        bounds: MergeBounds = MergeBounds(),
+        perturbation: Literal["relative", "additive"] = "relative",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         check_positive_int("channels", channels)
-        super().__init__(channels, **options)
+        super().__init__(
+            channels,
+            rank=rank,
+            init=init,
+            bias=bias,
+            using_cache=using_cache,
+            bounds=bounds,
+            perturbation=perturbation,
+            device=device,
+            dtype=dtype,
+        )
 
     @property
     def channels(self) -> int:

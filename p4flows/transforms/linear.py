@@ -161,10 +161,11 @@ class PerturbedLinear(Linear):
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The matrix that a linear layer of nflows' kind applies.
+    """The matrix that a linear layer applies.
 
     Args:
-        layer: has `weight()`, and `permutation` before it where it is a `OneByOneConvolution`.
+        layer: an `nn.Linear`, or has `weight()` as nflows' layers, and `permutation` before it
+            where it is a `OneByOneConvolution`.
 
     Returns:
         A of y = A x + b, shape `(features, features)`.
@@ -177,7 +178,8 @@ def weight_of(layer: nn.Module) -> Tensor:
         >>> torch.allclose(layer(images)[0].flatten(1), expected, atol=1e-6)
         True
     """
-    weight: Tensor = layer.weight()  # type: ignore[operator]
+    weight: Any = layer.weight
+    weight = weight if isinstance(weight, Tensor) else weight()
     permutation = getattr(layer, "permutation", None)
     # Its inverse takes the columns to where the channels came from.
     return weight if permutation is None else permutation.inverse(weight)[0]
@@ -193,13 +195,14 @@ class P4InvTransform(PerturbedLinear):
     Args:
         features: n.
         rank: number k of columns of u and v; None is n up to 64 and 8√n beyond, 1 is the paper.
-        init: see `PerturbedMatrix`; also another nflows `Linear`, whose matrix and bias are taken
-            over.
+        init: see `PerturbedMatrix`; also an `nn.Linear` or nflows `Linear`, whose matrix and bias
+            are taken over.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
         bounds: when a merge is accepted.
-        perturbation: "relative", Ã = (I + u vᵀ) A, which learns most in a second, or "additive",
-            Ã = A + u vᵀ, the paper's, which can cross det A = 0; see `InvertibleMatrix`.
+        perturbation: "relative", Ã = (I + u vᵀ) A, which gives the best likelihood for a given
+            training time, or "additive", Ã = A + u vᵀ, the paper's, which can cross det A = 0; see
+            `InvertibleMatrix`.
         device: where; by default that of init, or torch's default device.
         dtype: by default that of init, or torch's default dtype.
 
@@ -212,7 +215,7 @@ class P4InvTransform(PerturbedLinear):
         ValueError: when features or rank are out of range, or init is of another shape, not finite
             or singular to working precision.
 
-    Cost: forward and inverse O(D²N), logabsdet O(D²), merge O(D²), each without any factorisation.
+    Cost: a training step O(n²N + n²k + k³) for N rows at rank k, a merge O(n²k + k³).
 
     Example:
         >>> layer = P4InvTransform(3, init="reverse")
@@ -228,7 +231,7 @@ class P4InvTransform(PerturbedLinear):
         features: int,
         *,
         rank: int | None = None,
-        init: str | Tensor | Linear = "identity",
+        init: str | Tensor | Linear | nn.Linear = "identity",
         bias: bool = True,
         using_cache: bool = False,
         bounds: MergeBounds = MergeBounds(),
@@ -237,8 +240,8 @@ class P4InvTransform(PerturbedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive_int("features", features)
-        other = init if isinstance(init, Linear) else None
-        weight = init if other is None else weight_of(other)
+        other = init if isinstance(init, Linear | nn.Linear) else None
+        weight = init if isinstance(init, str | Tensor) else weight_of(init)
         matrix = InvertibleMatrix(
             features,
             rank=rank,

@@ -13,7 +13,6 @@ from p4flows import (
     MergeHook,
     P4InvTransform,
     P4OrthogonalTransform,
-    PerturbedMatrix,
     bent_stacked_flow,
     invertible,
     orthogonal,
@@ -21,6 +20,7 @@ from p4flows import (
     realnvp_flow,
     swap_linear,
 )
+from p4flows.matrices import PerturbedMatrix
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from zuko.flows import Flow, UnconditionalDistribution
 from zuko.flows.coupling import GeneralCouplingTransform
 from zuko.flows.spline import NSF
 
-from p4flows import MergeHook, PerturbedMatrix
+from p4flows import MergeHook
+from p4flows.matrices import PerturbedMatrix
 from p4flows.zuko import P4Transform
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from p4flows import P4InvTransform, PerturbedMatrix
+from p4flows import P4InvTransform
+from p4flows.matrices import PerturbedMatrix
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
 LIBRARIES_WARN = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("error::p4flows.NotMergedWarning"),
+    pytest.mark.filterwarnings("error::p4flows.matrices.NotMergedWarning"),
 ]
 
 

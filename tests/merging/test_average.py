@@ -16,9 +16,9 @@ from p4flows import (
     MergeHook,
     P4InvTransform,
     P4OrthogonalTransform,
-    PerturbedMatrix,
     invertible,
 )
+from p4flows.matrices import PerturbedMatrix
 
 EMA = {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)}
 EMA_ONE_BY_ONE = {"avg_fn": swa_utils.get_ema_avg_fn(0.9)}

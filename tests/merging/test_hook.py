@@ -268,7 +268,7 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])
-@pytest.mark.parametrize("kind", ["relative"])
+@pytest.mark.parametrize("kind", LINEAR)
 def test_the_first_n_directions_are_a_whole_basis_and_every_n_after_them(kind, rank):
     size = 6
     stacked, alone = (

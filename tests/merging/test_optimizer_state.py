@@ -83,7 +83,8 @@ class Training:
         self.before_merge = {}
         self.optimizer.register_step_post_hook(self.remember)
         if merge:
-            self.hook = MergeHook(self.p4, self.optimizer, every=EVERY)
+            paper = self.p4.matrix.perturbation == "additive"
+            self.hook = MergeHook(self.p4, self.optimizer, every=EVERY, paper=paper)
 
     def remember(self, optimizer, args, kwargs):
         self.before_merge = {p: dict(state) for p, state in optimizer.state.items()}
