@@ -30,7 +30,7 @@ PAPER = {"rank": 1, "perturbation": "additive"}
 LAYERS = {
     "P4InvFlow": lambda: P4InvFlow(DIM),
     "BentIdentityFlow": lambda: BentIdentityFlow(),
-    "BentStackFlow": lambda: BentStackFlow(DIM, blocks=2),
+    "BentStackFlow": lambda: BentStackFlow(DIM, blocks=1),
 }
 FLOWS = LAYERS | {
     "P4InvFlow-options": lambda: P4InvFlow(DIM, init="reverse", rank=2, bias=False),

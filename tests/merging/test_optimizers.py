@@ -77,7 +77,7 @@ def test_the_global_hook_is_there_only_while_somebody_listens():
 
 def test_a_constructor_that_raised_harms_nobody():
     kept = []
-    for arguments in ({"perturbation": "relativ"}, {"init": torch.zeros(2, 2)}):
+    for arguments in ({"perturbation": "none"}, {"init": torch.zeros(2, 2)}):
         with pytest.raises(ValueError) as raised:
             P4InvTransform(2, **arguments)
         kept.append(raised)  # with its traceback, as a notebook keeps it
