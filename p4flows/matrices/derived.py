@@ -62,28 +62,6 @@ def _weights(size: int, device: torch.device) -> Tensor:
         return scramble(torch.arange(1, size + 1, device=device)) | 1
 
 
-def sample(tensors: Sequence[Tensor]) -> float:
-    """A number that changes with the tensors, cheap and, unlike a fingerprint, of this process.
-
-    Args:
-        tensors: each of shape `(*batch, m, n)`.
-
-    Returns:
-        The number. Cost O(mn), and a wait for the device.
-    """
-    parts = []
-    for tensor in tensors:
-        rows = (tensor.detach() @ _floats(tensor.shape[-1], tensor.dtype, tensor.device)).flatten()
-        parts.append(rows @ _floats(len(rows), rows.dtype, rows.device))
-    return sum(parts[1:], parts[0]).item()
-
-
-@functools.lru_cache(maxsize=256)
-def _floats(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.linspace(0.5, 1.5, size, dtype=dtype, device=device).sin_()
-
-
 @torch.library.custom_op("p4flows::current", mutates_args=())
 def current(
     kind: str,
