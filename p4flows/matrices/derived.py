@@ -18,22 +18,7 @@ derivations: dict[str, Derivation] = {}
 
 
 def fingerprint(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
-    """A number that two lists of tensors share when they are equal bit by bit, and hardly else.
-
-    Args:
-        tensors: float32 or float64, each of shape `(*batch,)` or `(*batch, m, n)`.
-        batch_dims: number of dimensions of the batch.
-
-    Returns:
-        int64 tensor of shape `batch`. Cost O(mn).
-
-    Example:
-        >>> a = torch.eye(3)
-        >>> bool(fingerprint([a]) == fingerprint([a.clone()]))
-        True
-        >>> bool(fingerprint([a]) == fingerprint([a.flip(0)]))
-        False
-    """
+    """A number that two lists of tensors share when they are equal bit by bit, and hardly else."""
     scalars = [tensor for tensor in tensors if tensor.dim() == batch_dims]
     matrices = [tensor for tensor in tensors if tensor.dim() > batch_dims]
     if scalars:
@@ -74,17 +59,6 @@ def current(
     """What is stored where it belongs to A, and what is derived from A where it does not.
 
     One opaque operation of a compiled graph, because a graph cannot see that A was written.
-
-    Args:
-        kind: a name in `derivations`.
-        names: of the stored tensors, separated by spaces.
-        stored: the tensors.
-        stored_fingerprint: of what decided and was derived when they were stored.
-        deciding: the arguments of the `Derivation`.
-        derived: what else the fingerprint is of.
-
-    Returns:
-        As many new tensors as there are names.
     """
     found = fingerprint([*deciding, *derived], stored_fingerprint.dim())
     if torch.equal(found, stored_fingerprint):
