@@ -10,7 +10,7 @@ collect_ignore = ["p4flows/bgflow.py"]
 # Nor these without their hosts.
 collect_ignore += [
     f"p4flows/{host.lower()}.py"
-    for host in ("zuko", "FrEIA", "lightning")
+    for host in ("zuko", "FrEIA", "lightning", "nessai")
     if importlib.util.find_spec(host) is None
 ]
 # Nor this without the extra `molecules`, whose absence the tests report as skipped.

@@ -11,7 +11,7 @@ from p4flows.matrices import MergeBounds
 from p4flows.transforms import P4InvTransform
 
 try:
-    from zuko.lazy import LazyTransform
+    from zuko.lazy import Flow, LazyTransform
 except ImportError as error:
     raise ImportError("p4flows.zuko needs zuko: pip install zuko") from error
 
@@ -69,6 +69,45 @@ class P4Transform(LazyTransform):
     def forward(self, c: Any = None) -> Transform:
         """The transform x → Ã x + b of torch.distributions, at any context."""
         return _Rows(self.layer)
+
+
+def with_linear(
+    flow: Flow,
+    features: int,
+    *,
+    rank: int | None = None,
+    perturbation: Literal["relative", "additive"] = "relative",
+) -> Flow:
+    """A ready-made flow of zuko's with a `P4Transform` between its transforms.
+
+    Args:
+        flow: such as `zuko.flows.NSF(3)`; its transforms and base are shared, not copied.
+        features: n.
+        rank: number of columns of u and v; None is the default of `P4InvTransform`.
+        perturbation: "relative" or "additive"; see `P4InvTransform`.
+
+    Returns:
+        A new flow, at first with the density of the given one.
+
+    Raises:
+        TypeError: when it is not a flow of zuko's.
+        ValueError: when it has a single transform, or an option is out of range.
+
+    Example:
+        >>> from zuko.flows import NSF
+        >>> flow = with_linear(NSF(3, transforms=3), 3)
+        >>> [type(transform).__name__ for transform in flow.transform.transforms][:2]
+        ['MaskedAutoregressiveTransform', 'P4Transform']
+    """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"flow must be a zuko Flow, got {type(flow).__name__}")
+    transforms = list(getattr(flow.transform, "transforms", ()))
+    if len(transforms) < 2:
+        raise ValueError(f"flow must have two transforms or more, got {max(len(transforms), 1)}")
+    mixed = transforms[:1]
+    for transform in transforms[1:]:
+        mixed += [P4Transform(features, rank=rank, perturbation=perturbation), transform]
+    return Flow(mixed, flow.base)
 
 
 class _Rows(Transform):

@@ -12,6 +12,7 @@ ROOMS = {
     "bgflow-broken": ("bgflow", "import numpy; numpy.removed", r"needs bgflow and numpy < 2"),
     "zuko-missing": ("zuko", MISSING, "needs zuko: pip install zuko"),
     "lightning-missing": ("lightning", MISSING, r"needs lightning: pip install 'p4flows\[train\]'"),
+    "nessai-missing": ("nessai", MISSING, "needs nessai: pip install nessai"),
     "freia-missing": ("FrEIA", MISSING, "needs FrEIA: pip install FrEIA"),
 }
 

@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, and the README stays short."""
+"""The README's code runs as it stands."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
-LONGEST = 120
 
 
 class Block(NamedTuple):
@@ -39,10 +38,6 @@ TEXT = README.read_text(encoding="utf-8")
 BLOCKS = python_blocks(TEXT)
 
 
-def test_readme_has_code():
-    assert BLOCKS
-
-
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.heading)
 def test_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -51,10 +46,6 @@ def test_block_runs(block, tmp_path, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exec(code, {"__name__": "__main__"})
-
-
-def test_readme_is_short():
-    assert len(TEXT.splitlines()) <= LONGEST
 
 
 def test_blocks_are_found_under_their_heading():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from integrations.trained import LIBRARIES_WARN, assert_equal, assert_right, hook_of, matrices
+from integrations.trained import LIBRARIES_WARN, assert_equal, assert_right, matrices
 from p4flows import AveragedModel
 
 pytest.importorskip("lightning", reason="needs the extra `integrations`")
@@ -49,7 +49,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(density, trainer, tmp_path):
 
     whole = fresh()
     trainer(4).fit(whole, loader())
-    assert hook_of(whole).stats.merged == 4 * 5 // 3
+    assert whole.hook.stats.merged == 4 * 5 // 3
 
     half = fresh()
     interrupted = trainer(2)
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(density, trainer, tmp_path):
     interrupted.save_checkpoint(tmp_path / "half.ckpt")
     resumed = fresh()
     trainer(4).fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
-    assert hook_of(resumed).stats == hook_of(whole).stats
+    assert resumed.hook.stats == whole.hook.stats
     assert_equal(resumed, whole)
     assert_right(resumed)
 
@@ -67,7 +67,7 @@ def test_a_second_fit_goes_on(density, trainer):
     trainer(2).fit(module, loader())
     trainer(1).fit(module, loader())
     # Steps are counted on: 10 and 5 of them.
-    assert hook_of(module).stats.merged == 5
+    assert module.hook.stats.merged == 5
     assert module.flow.sample(7).shape == (7, 4)
 
 
@@ -84,9 +84,9 @@ def test_learning_rate_finder(density, trainer):
     fitting = trainer(3)
     # It trains with an optimizer of its own, and puts the weights back.
     Tuner(fitting).lr_find(module, loader(), num_training=20)
-    before = hook_of(module).stats.merged
+    before = module.hook.stats.merged
     fitting.fit(module, loader())
-    assert hook_of(module).stats.merged == before + 5
+    assert module.hook.stats.merged == before + 5
     assert_right(module)
 
 

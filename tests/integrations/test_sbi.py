@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from integrations.trained import LIBRARIES_WARN, assert_equal, assert_right, hook_of, matrices
+from integrations.trained import LIBRARIES_WARN, assert_equal, assert_right, matrices
 
 pytest.importorskip("sbi", reason="needs the extra `integrations`")
 
@@ -16,13 +16,12 @@ def test_trains_again_and_resumes(section):
     names = section("sbi")
     inference = names["inference"]
     assert names["samples"].shape == (100, 3)
-    assert hook_of(names["estimator"]).stats.merged == 0
+    assert names["estimator"].hook.stats.merged == 0
 
     # Another optimizer, with the steps of the first one counted: 10 and 90 of them.
     estimator = inference.train(
         max_num_epochs=45, stop_after_epochs=45, force_first_round_loss=True
     )
-    assert hook_of(estimator) is estimator.hook
     assert estimator.hook.stats.merged == 2 * len(matrices(estimator))
 
     def resume(inference):

@@ -1,8 +1,9 @@
 """What a library's loop leaves of a module with P4 layers."""
 
 import pytest
-from p4flows.merging.attaching import driver_of
+import torch
 
+from p4flows import P4InvTransform
 from p4flows.matrices import PerturbedMatrix
 
 # The libraries warn of their own affairs; what p4flows warns of stays an error.
@@ -16,17 +17,30 @@ def matrices(module):
     return [each for each in module.modules() if isinstance(each, PerturbedMatrix)]
 
 
-def hook_of(module):
-    """The one hook that merges all of them."""
-    (hook,) = {driver_of(matrix) for matrix in matrices(module)}
-    return hook
-
-
 def assert_right(module):
     """Inverses and log-determinants are those of the matrices."""
     assert matrices(module)
     for matrix in matrices(module):
         assert bool(matrix.error().is_right(matrix.size, matrix.frozen.dtype).all())
+
+
+@torch.no_grad()
+def assert_serves_its_own_map(module):
+    """Log-determinants and inverses of P4Inv layers are those of the weights that they apply."""
+    layers = [each for each in module.modules() if isinstance(each, P4InvTransform)]
+    assert layers
+    for layer in layers:
+        weight = layer.weight().double()
+        x = torch.randn(20, layer.features).to(layer.weight())
+        outputs, logabsdet = layer(x)
+        expected = x.double() @ weight.T + layer.bias.double()
+        torch.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-5)
+        exact = torch.linalg.slogdet(weight).logabsdet
+        assert (logabsdet.double() - exact).abs().max() <= 1e-5
+        back = torch.linalg.solve(weight, (outputs - layer.bias).double().T).T
+        inverse, minus = layer.inverse(outputs)
+        torch.testing.assert_close(inverse.double(), back, rtol=1e-5, atol=1e-5 * back.abs().max())
+        assert (minus.double() + exact).abs().max() <= 1e-5
 
 
 def assert_equal(module, other):
