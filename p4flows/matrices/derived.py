@@ -12,6 +12,8 @@ from torch import Tensor
 
 from p4flows.matrices.directions import scramble
 
+_ROWS_AT_ONCE = 512
+
 # Derives, from the tensors that decide, everything that is stored beside A: tensors by name.
 Derivation = Callable[..., dict[str, Tensor]]
 derivations: dict[str, Derivation] = {}
@@ -29,7 +31,10 @@ def fingerprint(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
 
 def _hash(matrix: Tensor) -> Tensor:
     bits = _bits(matrix)
-    rows = (bits * _weights(bits.shape[-1], bits.device)).sum(-1)
+    weights = _weights(bits.shape[-1], bits.device)
+    # In parts, so that what is needed beside a large matrix is a fraction of its size.
+    parts = [(part * weights).sum(-1) for part in bits.split(_ROWS_AT_ONCE, dim=-2)]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     # The high bits of a product depend on all bits of its factors, the low ones on few.
     return ((rows ^ (rows >> 32)) * _weights(rows.shape[-1], bits.device)).sum(-1)
 

@@ -239,7 +239,7 @@ class P4InvTransform(PerturbedLinear):
     ) -> None:
         check_positive_int("features", features)
         other = init if isinstance(init, Linear | nn.Linear) else None
-        weight = init if isinstance(init, str | Tensor) else weight_of(init)
+        weight: Any = init if other is None else weight_of(other)
         matrix = InvertibleMatrix(
             features,
             rank=rank,

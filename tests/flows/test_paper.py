@@ -238,4 +238,4 @@ def test_compiled_once_for_all_merges(name):
             optimizer.step()
         with pytest.raises(RuntimeError, match="recompile"):
             log_prob(x.double())
-    assert hook.stats.merged > 4 and hook.stats.corrected == 2 * 4
+    assert hook.stats.merged > 4 and hook.stats.corrected >= 2 * 4
