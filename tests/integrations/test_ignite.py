@@ -11,8 +11,9 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from nflows.distributions import StandardNormal
 from nflows.flows import Flow
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from p4flows import MergeHook, P4InvTransform
+from p4flows import AveragedModel, MergeHook, P4InvTransform
 
 pytestmark = LIBRARIES_WARN
 
@@ -32,11 +33,13 @@ def test_average_of_a_long_run(buffers):
     flow = Flow(P4InvTransform(16), StandardNormal([16]))
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     hook = MergeHook(flow, optimizer)
+    exact = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.98))
 
     def step(engine, batch):
         optimizer.zero_grad()
         (-flow.log_prob(torch.randn(64, 16) @ mixing.T).mean()).backward()
         optimizer.step()
+        exact.update_parameters(flow)
 
     engine = Engine(step)
     average = EMAHandler(flow, momentum=0.02, handle_buffers=buffers)
@@ -44,3 +47,8 @@ def test_average_of_a_long_run(buffers):
     engine.run(range(500), max_epochs=1)
     assert hook.stats.merged == 10
     assert_serves_its_own_map(average.ema_model)
+    if buffers == "update":
+        x = torch.randn(2_000, 16) @ mixing.T
+        with torch.no_grad():
+            found, expected = (-f.log_prob(x).mean() for f in (average.ema_model, exact.module))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.05)

@@ -4,12 +4,19 @@ import pytest
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from integrations.trained import LIBRARIES_WARN, assert_equal, assert_right, matrices
+from integrations.trained import (
+    LIBRARIES_WARN,
+    assert_equal,
+    assert_right,
+    assert_serves_its_own_map,
+    matrices,
+)
 from p4flows import AveragedModel
 
 pytest.importorskip("lightning", reason="needs the extra `integrations`")
 
 import lightning
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.tuner import Tuner
 
 pytestmark = LIBRARIES_WARN
@@ -109,3 +116,17 @@ def test_average(density, trainer):
     average = module.averaged.module
     assert_right(average)
     assert not torch.equal(matrices(average)[0].frozen, matrices(module.flow)[0].dense())
+
+
+def test_lightnings_own_average(density, trainer):
+    """It is put into the module at the end, and everything derived follows."""
+    module = density()
+    fitting = trainer(20)
+    fitting.callbacks.append(EMAWeightAveraging(decay=0.9))
+    fitting.fit(module, loader())
+    assert module.hook.stats.merged == 20 * 5 // 3
+    assert_serves_its_own_map(module)
+    assert_right(module)
+    with torch.no_grad():
+        noise, _ = module.flow._transform(loader().dataset.tensors[0])
+    assert noise.mean().abs() < 0.2
