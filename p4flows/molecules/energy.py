@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from p4flows.arguments import check_rows
 from p4flows.molecules.losses import capped, check_cap
+from p4flows.molecules.system import number
 from p4flows.molecules.workers import start_pool
 
 
@@ -60,6 +61,7 @@ class OpenMMEnergy(nn.Module):
         super().__init__()
         if not isinstance(system, openmm.System):
             raise TypeError(f"system must be an openmm.System, got {type(system).__name__}")
+        temperature = number(temperature, unit.kelvin)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         if not isinstance(workers, int) or isinstance(workers, bool):

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from p4flows.arguments import check_positive_int
 from p4flows.molecules.losses import Energy
-from p4flows.molecules.symmetry import ROWS, check_symmetries, log_density_of, permuted
+
+# Rows at once: the spline parameters of 10,000 rows take some hundred MB.
+ROWS = 5_000
 
 
 class WeightedSamples(NamedTuple):
@@ -33,34 +35,24 @@ class WeightedSamples(NamedTuple):
 
 @torch.no_grad()
 def weighted_samples(
-    flow: Flow,
-    coordinates: Transform,
-    energy: Energy,
-    samples: int,
-    *,
-    symmetries: Tensor | None = None,
+    flow: Flow, coordinates: Transform, energy: Energy, samples: int
 ) -> WeightedSamples:
     """Draw from a Boltzmann generator, in batches that fit into memory.
 
     Args:
         flow: an nflows `Flow` of the coordinates' features.
         coordinates: positions → features, as `MixedCoordinateTransform`; where it has `covers`,
-            features that it does not cover get a weight of zero.
+            features that it does not cover get a weight of zero, and where it has `unfold`,
+            equivalent atoms come in any order.
         energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
         samples: number of structures.
-        symmetries: permutations of atoms that leave the energy alone, a group of shape
-            `(g, atoms)` as `methyl_rotations` gives it. The atoms are put in one of these orders at
-            random, and weights are those of the mean density of all orders (`log_density_of`): a
-            larger effective sample size for g times the evaluations of the flow, and no more
-            energies.
 
     Returns:
         `WeightedSamples`.
 
     Raises:
-        TypeError: when samples is not an int or symmetries are not an int64 tensor.
-        ValueError: when samples is not positive, or symmetries are not a group of permutations of
-            the atoms.
+        TypeError: when samples is not an int.
+        ValueError: when samples is not positive.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -76,18 +68,14 @@ def weighted_samples(
     for first in range(0, samples, ROWS):
         features, log_density = flow.sample_and_log_prob(min(ROWS, samples - first))
         positions, volume = coordinates.inverse(features)
-        log_density = log_density - volume
-        drawn = features
-        if symmetries is not None:
-            check_symmetries(symmetries, positions.shape[-1] // 3)
-            positions = permuted(positions, symmetries)
-            features, _ = coordinates(positions)
-            log_density = log_density_of(flow, coordinates, positions, symmetries)
+        # Weights are exact also where a force field tells equivalent atoms apart.
+        if hasattr(coordinates, "unfold"):
+            positions = coordinates.unfold(positions)
         energies = energy(positions)
-        log_weights = -energies - log_density
+        log_weights = volume - energies - log_density
         possible = ~log_weights.isnan()
         if covers is not None:
-            possible &= covers(drawn) & covers(features)
+            possible &= covers(features)
         log_weights = torch.where(possible, log_weights, -math.inf)
         parts.append(WeightedSamples(features, positions, energies, log_weights))
     return WeightedSamples(*map(torch.cat, zip(*parts, strict=True)))
@@ -96,38 +84,12 @@ def weighted_samples(
 def sample_with_weights(
     flow: Flow, coordinates: Transform, energy: Energy, samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Structures from a Boltzmann generator with the weights that make averages exact.
-
-    Args:
-        flow: an nflows `Flow` of the coordinates' features.
-        coordinates: positions → features, as `MixedCoordinateTransform`.
-        energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
-        samples: number of structures.
-
-    Returns:
-        Positions, energies and log-weights of `weighted_samples`.
-
-    Example:
-        >>> from p4flows import P4InvTransform, realnvp_flow
-        >>> positions, energies, log_weights = sample_with_weights(
-        ...     realnvp_flow(4, 1), P4InvTransform(4), lambda x: x.square().sum(-1), 10
-        ... )
-        >>> positions.shape, log_weights.shape
-        (torch.Size([10, 4]), torch.Size([10]))
-    """
-    found = weighted_samples(flow, coordinates, energy, samples)
-    return found.positions, found.energies, found.log_weights
+    """Positions, energies and log-weights of `weighted_samples`, whose arguments it takes."""
+    return weighted_samples(flow, coordinates, energy, samples)[1:]
 
 
 @torch.no_grad()
-def log_weights_of(
-    flow: Flow,
-    coordinates: Transform,
-    energy: Energy,
-    positions: Tensor,
-    *,
-    symmetries: Tensor | None = None,
-) -> Tensor:
+def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions: Tensor) -> Tensor:
     """Log-weights of given structures, the frames of a simulation for instance.
 
     Args:
@@ -135,14 +97,9 @@ def log_weights_of(
         coordinates: positions → features.
         energy: positions → reduced energies.
         positions: in nm, shape `(frames, 3·atoms)`.
-        symmetries: as in `weighted_samples`.
 
     Returns:
         −u + ln R_zx − ln p_z, with the constant of `weighted_samples`, shape `(frames,)`.
-
-    Raises:
-        TypeError: when symmetries are not an int64 tensor.
-        ValueError: when they are not a group of permutations of the atoms.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -151,8 +108,12 @@ def log_weights_of(
         >>> log_weights_of(flow, P4InvTransform(4), energy, x).shape
         torch.Size([5])
     """
-    parts = [-energy(rows) for rows in positions.split(ROWS)]
-    return torch.cat(parts) - log_density_of(flow, coordinates, positions, symmetries)
+    parts = []
+    for rows in positions.split(ROWS):
+        folded = coordinates.fold(rows) if hasattr(coordinates, "fold") else rows
+        features, shrinking = coordinates(folded)
+        parts.append(-energy(rows) - flow.log_prob(features) - shrinking)
+    return torch.cat(parts)
 
 
 def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
@@ -227,13 +188,15 @@ def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
             et al. (2023).
 
     Returns:
-        From 1/samples to 1. It is an upper estimate where the samples miss a part of the target.
+        From 1/samples to 1, and 0 where all weights are zero. It is an upper estimate where the samples miss a part of the target.
 
     Example:
         >>> round(effective_sample_size(torch.zeros(10)), 6)
         1.0
     """
-    wide = clipped(log_weights.double(), clip)
+    wide = clipped(torch.as_tensor(log_weights).double(), clip)
+    if not bool(wide.isfinite().any()):
+        return 0.0
     log_size = 2.0 * torch.logsumexp(wide, 0) - torch.logsumexp(2.0 * wide, 0)
     return (log_size.exp() / len(wide)).item()
 

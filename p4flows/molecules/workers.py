@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ def start_pool(
 
 
 def _start(initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # A terminal sends Ctrl-C to all: the parent lets what is being computed be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     initializer(*arguments)
 
