@@ -2,6 +2,7 @@
 
 from p4flows.molecules.dynamics import LangevinDynamics, simulate
 from p4flows.molecules.energy import OpenMMEnergy
+from p4flows.molecules.generator import BoltzmannGenerator, Settings
 from p4flows.molecules.losses import energy_loss, mixed_loss
 from p4flows.molecules.mixed import MixedCoordinateTransform
 from p4flows.molecules.peptide import capped_peptide, molecule_from_pdb
@@ -21,15 +22,16 @@ from p4flows.molecules.reweighting import (
 from p4flows.molecules.states import StateStatistics, phi_psi, state_statistics
 from p4flows.molecules.system import Molecule, alanine_dipeptide
 from p4flows.molecules.topology import Rotor, find_rotors, peptide_bonds
-from p4flows.molecules.weighted_trajectory import load_weighted, save_weighted
 from p4flows.molecules.z_matrix import ZMatrix, find_z_matrix
 
 __all__ = [
+    "BoltzmannGenerator",
     "LangevinDynamics",
     "MixedCoordinateTransform",
     "Molecule",
     "OpenMMEnergy",
     "Rotor",
+    "Settings",
     "StateStatistics",
     "WeightedSamples",
     "ZMatrix",
@@ -44,7 +46,6 @@ __all__ = [
     "forward_effective_sample_size",
     "free_energy_difference",
     "kl_divergences",
-    "load_weighted",
     "log_weights_of",
     "mixed_loss",
     "molecule_from_pdb",
@@ -52,7 +53,6 @@ __all__ = [
     "phi_psi",
     "resampled",
     "sample_with_weights",
-    "save_weighted",
     "simulate",
     "state_statistics",
     "weighted_samples",

@@ -5,8 +5,12 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,8 @@ from openmm import unit
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
+from p4flows.molecules.storage import write_whole
 from p4flows.molecules.system import Molecule, number
-from p4flows.molecules.training import write_whole
-from p4flows.molecules.workers import start_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +133,7 @@ def simulate(
     _describe(molecule, dynamics, folder)
     missing = {r: sum(not file.exists() for file in found) for r, found in enumerate(files)}
     if any(missing.values()):
-        bar = tqdm(
-            desc="simulation",
-            total=1.0,
-            disable=not progress,
-            bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}",
-        )
+        bar = progress_bar("simulation", progress)
         begin, wanted = time.monotonic(), sum(missing.values())
         idle = {replica for replica, count in missing.items() if count}
         recipe = (molecule, dynamics, folder)
@@ -145,8 +143,8 @@ def simulate(
                 # Those that are behind first, and no more than there are workers: what has not
                 # begun when the time is over does not begin.
                 for replica in sorted(idle, key=lambda r: (-missing[r], r)):
-                    late = time.monotonic() > end and missing[replica] < chunks
-                    if late or not missing[replica]:
+                    over = time.monotonic() > end and missing[replica] < chunks
+                    if over or not missing[replica]:
                         idle.discard(replica)
                     elif len(running) < workers:
                         idle.discard(replica)
@@ -164,10 +162,42 @@ def simulate(
                     there = replicas * chunks - sum(missing.values())
                     bar.set_postfix_str(f"{there * dynamics.chunk:,} frames")
                     idle.add(replica)
-    whole = chunks - max(missing.values())
+    whole = min([f.exists() for f in [*found, folder / "none"]].index(False) for found in files)
     frames = min(frames, whole * dynamics.chunk)
     read = [[_read(file, molecule, dynamics.chunk) for file in found[:whole]] for found in files]
     return np.stack([np.concatenate(one)[:frames].reshape(frames, -1) for one in read])
+
+
+def start_pool(
+    workers: int, initializer: Callable[..., None], arguments: tuple[Any, ...]
+) -> concurrent.futures.ProcessPoolExecutor:
+    """Fresh processes that end with this one, however it ends: of SIGKILL too."""
+    return concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(initializer, arguments),
+    )
+
+
+def _start(initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # A terminal sends Ctrl-C to all: the parent lets what is being computed be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def progress_bar(title: str, shown: bool) -> tqdm:
+    """A bar from 0 to 1 with the time left."""
+    form = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    return tqdm(desc=title, total=1.0, disable=not shown, mininterval=1.0, bar_format=form)
 
 
 def _chunk_file(folder: Path, replica: int, chunk: int) -> Path:

@@ -37,8 +37,8 @@ class MixedCoordinateTransform(Transform):
     1 % of its highest stays an angle in [−π, π), in radians and not standardised; the columns are
     those of `circular`, for a flow on R^p × T^q (`spline_flow(..., circular=...)`).
 
-    **Rings.** The atom that closes a ring has two bond lengths and a torsion instead of a length, an
-    angle and a torsion, so that every bond is a coordinate and the map a bijection as ever.
+    **Rings.** The atom that closes a ring has two bond lengths and a torsion, so that every bond is
+    a coordinate and the map a bijection as ever.
 
     **Hands.** A chiral centre can be mirrored without a change of energy, but no simulation does
     so. A torsion relative to a sibling whose data stays on one side of the plane is kept there,

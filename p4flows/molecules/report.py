@@ -7,12 +7,11 @@ import json
 import logging
 import math
 import platform
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -20,9 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from p4flows.molecules.energy import OpenMMEnergy
-from p4flows.molecules.generator import CLIP, BoltzmannGenerator
+from p4flows.molecules.generator import CLIP, OVERFITTED, BoltzmannGenerator
 from p4flows.molecules.reweighting import (
-    WeightedSamples,
     bootstrap_error,
     clipped,
     effective_sample_size,
@@ -30,21 +28,16 @@ from p4flows.molecules.reweighting import (
     free_energy_difference,
     kl_divergences,
 )
-from p4flows.molecules.states import (
-    States,
-    peptide_states,
-    state_statistics,
-    torsions_of,
-)
-from p4flows.molecules.training import write_whole
+from p4flows.molecules.states import peptide_states, state_statistics, torsions_of
+from p4flows.molecules.storage import write_whole
 
-FRAMES = 10_000  # of the simulation, where each costs an energy
-# With fewer changes of state, or a larger error, populations are those of the start.
-TRANSITIONS, UNCERTAIN = 20, 0.3
-RARE = 2e-3  # a state with less of the simulation is not judged
+_FRAMES = 10_000  # of the simulation, where each costs an energy
+# With fewer changes of state, or a larger relative error, populations are those of the start.
+_TRANSITIONS, _UNCERTAIN = 20, 0.3
+_RARE = 2e-3  # a state with a smaller share is not judged
 
 
-class Section(NamedTuple):
+class _Section(NamedTuple):
     """A part of the report: paragraphs, tables (lists of rows) and figures under a heading."""
 
     title: str
@@ -52,7 +45,7 @@ class Section(NamedTuple):
 
 
 def write_report(generator: BoltzmannGenerator) -> dict[str, Any]:
-    """Write summary.json, report.html, report.md and report.png of a generator with samples.
+    """Write summary.json, report.html, report.md and its figures of a generator with samples.
 
     Args:
         generator: after `sample`.
@@ -60,169 +53,151 @@ def write_report(generator: BoltzmannGenerator) -> dict[str, Any]:
     Returns:
         What summary.json has.
     """
-    samples, frames = generator.samples, generator.frames
-    assert samples is not None and frames is not None
-    trajectory = generator.molecule.trajectory(samples.positions.numpy())
-    names, torsions = torsions_of(trajectory)
-    replicas = [torsions_of(generator.molecule.trajectory(x.numpy()))[1] for x in frames]
-    simulated = np.stack(replicas)
-    energy = OpenMMEnergy(generator.molecule.system, generator.settings.simulated)
-    same = torch.stack([generator.same_isomer(x) for x in frames]).numpy()
-    hot = generator.settings.temperature == generator.settings.simulated
+    data = _Data(generator)
+    settings = generator.settings
     summary: dict[str, Any] = {
         "molecule": generator.molecule.name,
-        "temperature": generator.settings.temperature,
-        "simulated": generator.settings.simulated,
-        **_sizes(generator, samples, energy),
-        **_convergence(names, simulated, same, frames, energy),
-        "minutes": generator.spent(*generator.history["seconds"]),
-        **{name: value for name, value in generator.history.items() if name != "seconds"},
-        "seconds": dict(generator.history["seconds"]),
-        "samples": len(samples.log_weights),
+        "temperature": settings.temperature,
+        "simulated": settings.simulated,
+        **_sizes(data),
+        "minutes": generator.spent(),
+        **generator.history,
+        "samples": len(data.log_weights),
+        "free_energy": _free_energies(data),
+        **_convergence(data),
     }
-    summary["free_energy"] = _free_energies(
-        names, torsions, samples.log_weights, simulated, same, hot
-    )
-    spaced = frames.flatten(0, 1)[:: max(1, frames.shape[0] * frames.shape[1] // FRAMES)]
-    weights = torch.softmax(clipped(samples.log_weights.double(), CLIP), 0).numpy()
     figures = {
-        "ramachandran": _ramachandran(names, simulated[same], torsions, weights, generator),
-        "energies": _energies(energy(spaced).numpy(), samples, weights, generator),
+        "ramachandran": _ramachandran(data),
+        "energies": _energies(data),
         "training": _training(generator),
     }
+    title = f"Boltzmann generator of {generator.molecule.name}, {settings.temperature:g} K"
     sections = _sections(summary, figures, generator)
-    title = f"Boltzmann generator of {generator.molecule.name}, {summary['temperature']:g} K"
-    output = generator.output
-    text = json.dumps(_finite(summary), indent=1, ensure_ascii=False)
-    for file, content in (
-        ("summary.json", text),
-        ("report.html", _html(title, sections)),
-        ("report.md", _markdown(title, sections)),
-    ):
-        write_whole(output / file, lambda aside, content=content: aside.write_text(content))
+    texts = {
+        "summary.json": json.dumps(_finite(summary), indent=1, ensure_ascii=False),
+        "report.html": _html(title, sections),
+        "report.md": _markdown(title, sections, list(figures)),
+    }
+    for file, text in texts.items():
+        write_whole(generator.output / file, partial(_write_text, text=text))
     for name, figure in figures.items():
-        write_whole(
-            output / f"report-{name}.png", lambda aside, f=figure: f.savefig(aside, dpi=150)
-        )
+        write_whole(generator.output / f"report-{name}.png", partial(figure.savefig, dpi=150))
         plt.close(figure)
     return summary
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+class _Data:
+    """What all parts of the report are made of."""
+
+    def __init__(self, generator: BoltzmannGenerator) -> None:
+        self.generator, frames = generator, generator.frames
+        self.cold = generator.settings.temperature < generator.settings.simulated
+        self.energy = OpenMMEnergy(generator.molecule.system, generator.settings.simulated)
+        self.log_weights = generator.samples.log_weights
+        self.weights = torch.softmax(clipped(self.log_weights.double(), CLIP), 0).numpy()
+        self.names, self.torsions = self._torsions(generator.samples.positions)
+        # Of the replicas, and which of their frames count.
+        self.simulated = np.stack([self._torsions(replica)[1] for replica in frames])
+        self.counts = torch.stack([generator.same_isomer(replica) for replica in frames]).numpy()
+        self.states = peptide_states(self.names)
+
+    def _torsions(self, positions: Tensor) -> tuple[list[str], np.ndarray]:
+        return torsions_of(self.generator.molecule.trajectory(positions.numpy()))
+
+
+def _spaced(frames: Tensor) -> Tensor:
+    return frames[:: max(1, len(frames) // _FRAMES)]
 
 
 # ---------------------------------------------------------------------- numbers
 
 
-def _sizes(
-    generator: BoltzmannGenerator, samples: WeightedSamples, energy: OpenMMEnergy
-) -> dict[str, Any]:
-    """Effective sample sizes, and how far the generator is from simulation where it can be seen."""
+def _sizes(data: _Data) -> dict[str, Any]:
+    """Effective sample sizes, and the divergence from frames where there are any to compare."""
 
     def clipped_size(log_weights: Tensor) -> float:
         return effective_sample_size(log_weights, clip=CLIP)
 
-    own = torch.Generator().manual_seed(0)
-    found: dict[str, Any] = {}
+    draws = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {"forward_ess": None, "kl_training": None, "kl_held_out": None}
     for name, size in (("ess", effective_sample_size), ("ess_clipped", clipped_size)):
-        found[name] = size(samples.log_weights)
-        found[f"{name}_error"] = bootstrap_error(size, samples.log_weights, generator=own)
-    found |= {"forward_ess": None, "kl_held_out": None, "kl_training": None}
-    if generator.settings.temperature == generator.settings.simulated:
-        for name, frames in zip(("training", "held_out"), generator.split(), strict=True):
-            spaced = frames[:: max(1, len(frames) // FRAMES)]
-            log_weights = generator.frame_log_weights(spaced, energy)
-            _, found[f"kl_{name}"] = kl_divergences(samples.log_weights, log_weights)
+        found[name] = size(data.log_weights)
+        found[f"{name}_error"] = bootstrap_error(size, data.log_weights, generator=draws)
+    if not data.cold:
+        training, held_out = map(_spaced, data.generator.split())
+        for name, frames in (("kl_training", training), ("kl_held_out", held_out)):
+            log_weights = data.generator.frame_log_weights(frames)
+            _, found[name] = kl_divergences(data.log_weights, log_weights)
         found["forward_ess"] = forward_effective_sample_size(log_weights)
     return found
 
 
-def _convergence(
-    names: list[str], simulated: np.ndarray, same: np.ndarray, frames: Tensor, energy: OpenMMEnergy
-) -> dict[str, Any]:
+def _convergence(data: _Data) -> dict[str, Any]:
     """Populations by replica, transitions and correlation time; whether it is enough."""
+    # It warns of series that are too short, which the transitions tell.
     logging.getLogger("pymbar").setLevel(logging.ERROR)
     from pymbar.timeseries import statistical_inefficiency
 
     tables, reasons = {}, []
-    for states in peptide_states(names):
-        labels = np.where(same, states.labels(simulated), -1)
-        statistics = state_statistics(labels)
-        shares = [[(row == i).mean() for i in range(len(states.names))] for row in labels]
+    for states in data.states:
+        labels = np.where(data.counts, states.labels(data.simulated), -1)
+        _, _, transitions = state_statistics(labels)
+        shares = np.stack([(labels == i).mean(1) for i in range(len(states.names))], 1)
+        errors = shares.std(0, ddof=1) / math.sqrt(len(shares))
         tables[states.torsion] = {
             "states": list(states.names),
-            "replicas": np.round(shares, 4).tolist(),
-            "transitions": statistics.transitions,
+            "replicas": shares.round(4).tolist(),
+            "transitions": transitions,
         }
-        for i, name in enumerate(states.names):
-            share, error = np.mean(shares, 0)[i], np.std(shares, 0, ddof=1)[i] / len(shares) ** 0.5
-            if share > RARE and share < 1.0 - RARE:
-                if statistics.transitions < TRANSITIONS:
-                    reasons.append(
-                        f"{states.torsion} changed its state {statistics.transitions} times in all"
-                    )
-                elif error / share > UNCERTAIN:
-                    reasons.append(
-                        f"the population of {name} differs between replicas, "
-                        f"{share:.1%} ± {error:.1%}"
-                    )
-    series = energy(frames[0][:FRAMES]).double().numpy()
+        for name, share, error in zip(states.names, shares.mean(0), errors, strict=True):
+            if _RARE < share < 1.0 - _RARE and transitions < _TRANSITIONS:
+                reasons.append(f"{states.torsion} changed its state {transitions} times in all")
+            elif _RARE < share < 1.0 - _RARE and error > _UNCERTAIN * share:
+                reasons.append(f"replicas differ in the share of {name}, {share:.1%} ± {error:.1%}")
+    series = data.energy(data.generator.frames[0][:_FRAMES]).double().numpy()
     return {
         "converged": not reasons,
         "not_converged_because": list(dict.fromkeys(reasons)),
         "populations": tables,
         "frames_per_independent_energy": float(statistical_inefficiency(series)),
+        "other_isomers": 1.0 - float(data.counts.mean()),
     }
 
 
-def _free_energies(
-    names: list[str],
-    torsions: np.ndarray,
-    log_weights: Tensor,
-    simulated: np.ndarray,
-    same: np.ndarray,
-    hot: bool,
-) -> list[dict[str, Any]]:
-    """F(second) − F(first) in k_BT, where first is the more populated of the samples' states."""
+def _free_energies(data: _Data) -> list[dict[str, Any]]:
+    """F(second) − F(first) in k_BT, where the first is the most populated of the states."""
     found = []
-    own = torch.Generator().manual_seed(0)
-    for states in peptide_states(names):
-        labels = torch.from_numpy(states.labels(torsions))
-        populations = [
-            free_energy_difference(log_weights, torch.ones(len(labels)) > 0, labels == i)
-            for i in range(len(states.names))
-        ]
-        first = int(np.argmin(populations))
+    draws = torch.Generator().manual_seed(0)
+    for states in data.states:
+        labels = torch.from_numpy(states.labels(data.torsions))
+        shares = np.bincount(labels, data.weights, len(states.names))
+        replicas = np.where(data.counts, states.labels(data.simulated), -1)
+        first = int(shares.argmax())
         for second, name in enumerate(states.names):
-            if second == first or not math.isfinite(populations[second]):
+            if second == first or not shares[second] > 0:
                 continue
 
-            def difference(weights: Tensor, where: Tensor, pair: Any = (first, second)) -> float:
-                return free_energy_difference(weights, where == pair[0], where == pair[1])
+            def difference(weights: Tensor, where: Tensor, other: int = second) -> float:
+                return free_energy_difference(weights, where == first, where == other)  # noqa: B023
 
-            entry = {
+            entry: dict[str, Any] = {
                 "states": [states.names[first], name],
-                "value": difference(log_weights, labels),
-                "error": bootstrap_error(difference, log_weights, labels, generator=own),
+                "value": difference(data.log_weights, labels),
+                "error": bootstrap_error(difference, data.log_weights, labels, generator=draws),
                 "simulation": None,
                 "simulation_error": None,
             }
-            if hot:
-                entry |= _simulated(states, simulated, same, first, second)
+            pair = np.stack([(replicas == state).mean(1) for state in (first, second)])
+            means, errors = pair.mean(1), pair.std(1, ddof=1) / math.sqrt(pair.shape[1])
+            if not data.cold and means.all():
+                entry["simulation"] = math.log(means[0] / means[1])
+                entry["simulation_error"] = math.hypot(*(errors / means))
             found.append(entry)
     return found
-
-
-def _simulated(
-    states: States, simulated: np.ndarray, same: np.ndarray, first: int, second: int
-) -> dict[str, float | None]:
-    """The same difference in the simulation; its error is the scatter of the replicas."""
-    labels = np.where(same, states.labels(simulated), -1)
-    shares = np.stack([(labels == state).mean(1) for state in (first, second)])
-    means, errors = shares.mean(1), shares.std(1, ddof=1) / math.sqrt(shares.shape[1])
-    if not means.all():
-        return {}
-    return {
-        "simulation": float(np.log(means[0] / means[1])),
-        "simulation_error": float(np.hypot(*(errors / means))),
-    }
 
 
 def _finite(value: Any) -> Any:
@@ -237,61 +212,45 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------------- figures
 
 
-def _ramachandran(
-    names: list[str],
-    simulated: np.ndarray,
-    torsions: np.ndarray,
-    weights: np.ndarray,
-    generator: BoltzmannGenerator,
-) -> Figure:
+def _ramachandran(data: _Data) -> Figure:
     """−ln p of every φ, ψ pair: simulation, flow, reweighted."""
-    pairs = [
-        (names.index(name), names.index(name.replace("φ", "ψ")), name.split()[1])
-        for name in names
-        if name.startswith("φ") and name.replace("φ", "ψ") in names
-    ]
+    settings, names = data.generator.settings, data.names
+    pairs = [(n, n.replace("φ", "ψ")) for n in names if n.startswith("φ")]
+    pairs = [(phi, psi) for phi, psi in pairs if psi in names]
+    rows = max(1, len(pairs))
     figure, axes = plt.subplots(
-        max(1, len(pairs)), 3, figsize=(9.5, 3.1 * max(1, len(pairs))), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    columns = (
-        (f"simulation, {generator.settings.simulated:g} K", simulated, None),
-        ("flow", torsions, None),
-        (f"reweighted, {generator.settings.temperature:g} K", torsions, weights),
+        rows, 3, figsize=(9.5, 3.1 * rows), layout="constrained", squeeze=False
     )
-    for row, (phi, psi, residue) in zip(axes, pairs, strict=False):
-        for axis, (title, angles, shares) in zip(row, columns, strict=True):
-            degrees = np.degrees(angles[:, [phi, psi]])
-            counts, *_ = np.histogram2d(
-                *degrees.T, bins=72, range=[(-180, 180)] * 2, weights=shares
-            )
-            filled = np.where(counts > 0, counts, np.nan)
-            image = axis.imshow(
-                -np.log(filled / counts.max()).T, origin="lower", extent=(-180, 180, -180, 180),
-                cmap="viridis_r", vmin=0, vmax=7,
-            )  # fmt: skip
-            axis.set(title=f"{residue}, {title}", xlabel="φ (°)", ylabel="ψ (°)")
-            axis.set(xticks=(-180, -90, 0, 90, 180), yticks=(-180, -90, 0, 90, 180))
+    columns: list[tuple[str, np.ndarray, Any]] = [
+        (f"simulation, {settings.simulated:g} K", data.simulated[data.counts], None),
+        ("flow", data.torsions, None),
+        (f"reweighted, {settings.temperature:g} K", data.torsions, data.weights),
+    ]
+    edges, ticks = np.linspace(-180.0, 180.0, 73), (-180, -90, 0, 90, 180)
+    for row, (phi, psi) in zip(axes, pairs, strict=False):
+        for axis, (title, torsions, weights) in zip(row, columns, strict=True):
+            x, y = (np.degrees(torsions[:, names.index(name)]) for name in (phi, psi))
+            counts, *_ = np.histogram2d(x, y, bins=(edges, edges), weights=weights)
+            free = -np.log(np.where(counts > 0, counts, np.nan) / counts.max())
+            image = axis.pcolormesh(edges, edges, free.T, cmap="viridis_r", vmin=0, vmax=7)
+            axis.set(title=f"{phi.split()[1]}, {title}", xticks=ticks, yticks=ticks, aspect=1)
+            axis.set(xlabel="φ (°)", ylabel="ψ (°)")
         figure.colorbar(image, ax=row, label="F (k$_B$T)", shrink=0.8)
     return figure
 
 
-def _energies(
-    simulated: np.ndarray,
-    samples: WeightedSamples,
-    weights: np.ndarray,
-    generator: BoltzmannGenerator,
-) -> Figure:
+def _energies(data: _Data) -> Figure:
     figure, axis = plt.subplots(figsize=(6.0, 3.2), layout="constrained")
-    hot, cold = generator.settings.simulated, generator.settings.temperature
-    found = samples.energies.double().numpy().clip(max=1e6)
-    shown = [(simulated * hot / cold, None, f"simulation, {hot:g} K")] if hot == cold else []
-    shown += [(found, None, "flow"), (found, weights, f"reweighted, {cold:g} K")]
-    heavy = found[weights > 0]
-    low, high = np.quantile(shown[0][0] if hot == cold else heavy, [0.0, 0.99])
-    edges = np.linspace(low - 5.0, high + 15.0, 80)
-    for values, shares, label in shown:
-        axis.hist(values, edges, density=True, weights=shares, histtype="step", label=label)
+    settings = data.generator.settings
+    found = data.generator.samples.energies.double().numpy().clip(max=1e6)
+    heavy = found[np.random.default_rng(0).choice(len(found), len(found), p=data.weights)]
+    edges = np.linspace(heavy.min() - 5.0, np.quantile(heavy, 0.99) + 15.0, 80)
+    shown = [(found, "flow"), (heavy, f"reweighted, {settings.temperature:g} K")]
+    if not data.cold:
+        simulated = data.energy(_spaced(data.generator.frames.flatten(0, 1))).numpy()
+        shown.insert(0, (simulated, f"simulation, {settings.simulated:g} K"))
+    for values, label in shown:
+        axis.hist(values, list(edges), density=True, histtype="step", label=label)
     axis.set(xlabel="u (k$_B$T)", yticks=[], title="Energies")
     axis.legend(fontsize=8)
     return figure
@@ -313,119 +272,97 @@ def _training(generator: BoltzmannGenerator) -> Figure:
 def _worth(size: float) -> str:
     """A verdict on an effective sample size."""
     if size >= 0.3:
-        return "The weights are worth a lot: averages and free energies can be trusted."
+        return "Yes: averages and free energies over the states that were visited can be trusted."
     if size >= 0.05:
-        return (
-            "The weights are worth something: averages over common states can be used, with their "
-            "errors; more minutes would help."
-        )
-    return (
-        "The weights are not worth much: a few samples carry them. Do not use them without more "
-        "minutes, and look first whether the simulation had converged."
-    )
+        return "In part: averages can be used with their errors; more minutes would help."
+    return "No: a few samples carry all the weight. Take more minutes before you use them."
 
 
-def _percent(value: float | None, error: float | None = None) -> str:
+def _plus_minus(value: float | None, error: float | None = None, form: str = ".1%") -> str:
     if value is None:
         return "–"
-    return f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else "")
-
-
-def _plus_minus(value: float | None, error: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} ± {error:.2f}"
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _sections(
     summary: dict[str, Any], figures: dict[str, Figure], generator: BoltzmannGenerator
-) -> list[Section]:
-    reasons = summary["not_converged_because"]
-    populations: list[list[str]] = [["state", "by replica", "transitions"]]
+) -> list[_Section]:
+    """The parts of the report, in the order of what a chemist asks."""
+    sizes = [
+        ["", "share of the samples"],
+        ["effective sample size", _plus_minus(summary["ess"], summary["ess_error"])],
+        [
+            "the same with the largest 1e-4 of the weights clipped",
+            _plus_minus(summary["ess_clipped"], summary["ess_clipped_error"]),
+        ],
+        ["the same as held-out frames see it (forward)", _plus_minus(summary["forward_ess"])],
+    ]
+    converged = "Yes: its states interchanged often enough."
+    if not summary["converged"]:
+        converged = (
+            f"No: {'; '.join(summary['not_converged_because'])}. Samples can only be right where "
+            "the simulation has been, and their weights do not show what it missed."
+        )
+    populations = [["state", "share in each replica", "transitions"]]
     for table in summary["populations"].values():
         for i, state in enumerate(table["states"]):
             shares = ", ".join(f"{replica[i]:.1%}" for replica in table["replicas"])
             populations.append([state, shares, str(table["transitions"])])
-    sizes = [
-        ["", "value"],
-        ["effective sample size", _percent(summary["ess"], summary["ess_error"])],
-        [
-            "the same, largest 1e-4 of the weights clipped",
-            _percent(summary["ess_clipped"], summary["ess_clipped_error"]),
-        ],
-        ["forward, as held-out frames see it", _percent(summary["forward_ess"])],
-        ["samples", f"{summary['samples']:,}"],
-    ]
-    gaps = [summary["kl_training"], summary["kl_held_out"]]
-    fitted: list[Any] = [figures["training"]]
-    if None not in gaps:
-        overfitted = gaps[1] - gaps[0] > 0.3
-        fitted.insert(
-            0,
-            f"KL(p‖q) is {gaps[0]:.2f} nats on training frames and {gaps[1]:.2f} on held-out ones: "
-            + ("it is overfitted, more frames would help." if overfitted else "no overfitting."),
-        )
+    correlation = (
+        f"{summary['frames_per_independent_energy']:.1f} frames make one independent energy. "
+        f"{summary['other_isomers']:.1%} of the frames had a peptide bond turned between cis and "
+        "trans and are left out: all weights are those of the isomer that the molecule starts as."
+    )
     free = [["states, F(second) − F(first) in k_BT", "generator", "simulation"]]
     for entry in summary["free_energy"]:
-        free.append(
-            [
-                " → ".join(entry["states"]),
-                _plus_minus(entry["value"], entry["error"]),
-                _plus_minus(entry["simulation"], entry["simulation_error"]),
-            ]
+        own = _plus_minus(entry["value"], entry["error"], ".2f")
+        other = _plus_minus(entry["simulation"], entry["simulation_error"], ".2f")
+        free.append([" → ".join(entry["states"]), own, other])
+    fit = [p for p in ("kl_training", "kl_held_out") if summary[p] is not None]
+    fitted = ""
+    if fit:
+        seen, unseen = (summary[name] for name in fit)
+        fitted = f"KL(p‖q) is {seen:.2f} nats on training and {unseen:.2f} on held-out frames: " + (
+            "overfitted, more frames would help."
+            if unseen - seen > OVERFITTED
+            else "not overfitted."
         )
-    converged = (
-        "The simulation had converged: its states interchanged often enough."
-        if not reasons
-        else f"The simulation had not converged: {'; '.join(reasons)}. Samples can only be right "
-        "where it has been."
-    )
-    settings = [["setting", "value"]]
-    settings += [[name, str(value)] for name, value in vars(generator.settings).items()]
-    settings += [[f"minutes of {name}", f"{s / 60:.1f}"] for name, s in summary["seconds"].items()]
-    settings += [
-        [f"{name}", f"{summary[name]:,}"] for name in ("frames", "steps") if name in summary
-    ]
-    settings += [
-        [f"largest change of energy when {name} turns (k_BT)", f"{change:.1e}"]
-        for name, change in summary.get("rotors", {}).items()
-    ]
-    settings += [["Python", platform.python_version()]]
-    settings += [[name, version(name)] for name in ("torch", "openmm", "mdtraj", "numpy")]
-    isomers = summary.get("other_isomers", 0.0)
+    settings = [["setting", "value"], *([n, str(v)] for n, v in vars(generator.settings).items())]
+    settings += [[f"minutes of {n}", f"{s / 60:.1f}"] for n, s in summary["seconds"].items()]
+    settings += [[n, f"{summary[n]:,}"] for n in ("frames", "steps", "samples") if n in summary]
+    for name, change in summary.get("rotors", {}).items():
+        settings.append([f"change of energy when {name} turns (k_BT)", f"{change:.0e}"])
+    settings += [[f"round {i + 1}", f"{t:.0f} K, effective sample size before it {size:.1%}"]
+                 for i, (t, size, _) in enumerate(summary.get("rounds", []))]  # fmt: skip
+    packages = ("torch", "nflows", "openmm", "mdtraj", "numpy")
+    settings += [["Python", platform.python_version()], *([n, version(n)] for n in packages)]
     return [
-        Section("Are the weights worth something?", [_worth(summary["ess_clipped"]), sizes]),
-        Section(
+        _Section("Are the weights worth something?", [_worth(summary["ess_clipped"]), sizes]),
+        _Section(
             f"Had the simulation at {summary['simulated']:g} K converged?",
-            [
-                converged,
-                populations,
-                f"One independent energy every {summary['frames_per_independent_energy']:.1f} "
-                f"frames. {isomers:.1%} of the frames had a peptide bond turned between cis and "
-                "trans and are left out: weights are those of the isomer that the molecule starts "
-                "as.",
-            ],
+            [converged, populations, correlation],
         ),
-        Section("Free-energy differences", [free]),
-        Section("Torsions and energies", [figures["ramachandran"], figures["energies"]]),
-        Section("Training", fitted),
-        Section("Settings and versions", [settings]),
+        _Section("Free-energy differences", [free]),
+        _Section("Torsions and energies", [figures["ramachandran"], figures["energies"]]),
+        _Section("Training", [fitted, figures["training"]]),
+        _Section("Settings and versions", [settings]),
     ]
 
 
-def _markdown(title: str, sections: list[Section]) -> str:
-    lines = [f"# {title}"]
-    files = iter(("ramachandran", "energies", "training"))
+def _markdown(title: str, sections: list[_Section], figures: list[str]) -> str:
+    blocks, names = [f"# {title}"], iter(figures)
     for section in sections:
-        lines.append(f"## {section.title}")
+        blocks.append(f"## {section.title}")
         for part in section.parts:
             if isinstance(part, str):
-                lines.append(part)
+                blocks.append(part)
             elif isinstance(part, list):
                 rows = [part[0], ["---"] * len(part[0]), *part[1:]]
-                lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+                blocks.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
             else:
-                name = next(files)
-                lines.append(f"![{name}](report-{name}.png)")
-    return "\n\n".join(lines) + "\n"
+                name = next(names)
+                blocks.append(f"![{name}](report-{name}.png)")
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 _STYLE = """
@@ -436,7 +373,7 @@ img { max-width: 100% } h2 { margin-top: 2rem }
 """
 
 
-def _html(title: str, sections: list[Section]) -> str:
+def _html(title: str, sections: list[_Section]) -> str:
     body = [f"<h1>{html.escape(title)}</h1>"]
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
@@ -444,17 +381,18 @@ def _html(title: str, sections: list[Section]) -> str:
             if isinstance(part, str):
                 body.append(f"<p>{html.escape(part)}</p>")
             elif isinstance(part, list):
-                for number, row in enumerate(part):
-                    tag = "td" if number else "th"
-                    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-                    body.append(("" if number else "<table>") + f"<tr>{cells}</tr>")
-                body.append("</table>")
+                tags = ["th", *["td"] * (len(part) - 1)]
+                cells = (
+                    "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                    for tag, row in zip(tags, part, strict=True)
+                )
+                body.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
             else:
                 buffer = io.BytesIO()
                 part.savefig(buffer, dpi=120)
-                data = base64.b64encode(buffer.getvalue()).decode()
-                body.append(f'<img alt="" src="data:image/png;base64,{data}">')
+                image = base64.b64encode(buffer.getvalue()).decode()
+                body.append(f'<img alt="" src="data:image/png;base64,{image}">')
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><body>{chr(10).join(body)}</body></html>\n"
+        f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>\n"
     )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from nflows.flows.base import Flow
 from nflows.transforms.base import Transform
@@ -179,7 +180,7 @@ def resampled(
     return samples[rows]
 
 
-def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
+def effective_sample_size(log_weights: Tensor | np.ndarray, *, clip: float = 0.0) -> float:
     """Kish's (Σw)²/Σw² as a share of the samples.
 
     Args:
@@ -188,7 +189,8 @@ def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
             et al. (2023).
 
     Returns:
-        From 1/samples to 1, and 0 where all weights are zero. It is an upper estimate where the samples miss a part of the target.
+        From 1/samples to 1, and 0 where all weights are zero. It is an upper estimate where the
+        samples miss a part of the target.
 
     Example:
         >>> round(effective_sample_size(torch.zeros(10)), 6)
@@ -245,7 +247,9 @@ def kl_divergences(log_weights: Tensor, frame_log_weights: Tensor) -> tuple[floa
     return reverse.item(), (frame_log_weights.double().mean() - log_z).item()
 
 
-def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -> float:
+def free_energy_difference(
+    log_weights: Tensor | np.ndarray, first: Tensor | np.ndarray, second: Tensor | np.ndarray
+) -> float:
     """F(second) − F(first) in k_BT from weighted samples.
 
     Args:
@@ -261,7 +265,8 @@ def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -
         >>> round(free_energy_difference(torch.zeros(3), *masks), 4)
         0.6931
     """
-    wide = log_weights.double()
+    wide, first, second = map(torch.as_tensor, (log_weights, first, second))
+    wide = wide.double()
     return (torch.logsumexp(wide[first], 0) - torch.logsumexp(wide[second], 0)).item()
 
 

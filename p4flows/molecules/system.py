@@ -59,7 +59,7 @@ class Molecule:
     positions: np.ndarray
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             raise ValueError(f"name must name a file without a folder, got {self.name!r}")
 
     @property

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import mdtraj
 import networkx
@@ -11,7 +11,7 @@ from networkx.algorithms.isomorphism import GraphMatcher
 from openmm import app
 from scipy.spatial.transform import Rotation
 
-Topology = app.Topology | mdtraj.Topology
+Topology: TypeAlias = app.Topology | mdtraj.Topology
 
 _ISOMORPHISMS = 64
 
@@ -82,7 +82,7 @@ class Rotor(NamedTuple):
     Attributes:
         axis: the bond, (outside of the group, in the group).
         order: 3 for a third of a turn, 2 for half of one.
-        permutation: x[permutation] is the molecule x with equivalent atoms exchanged as by the turn.
+        permutation: `x[permutation]` has the equivalent atoms of x exchanged as by the turn.
     """
 
     axis: tuple[int, int]

@@ -130,14 +130,15 @@ def test_what_cannot_be_resampled_is_refused(arguments, options, message):
         molecules.bootstrap_error(lambda *x: 0.0, *arguments, **options)
 
 
-def test_weighted_samples_are_read_by_mdtraj(molecule, frames, tmp_path):
-    log_weights = torch.arange(10.0) + 700.0
-    molecules.save_weighted(molecule, tmp_path / "a.b", frames[:10], log_weights)
-    trajectory, weights = molecules.load_weighted(tmp_path / "a.b")
-    np.testing.assert_allclose(trajectory.xyz.reshape(10, -1), frames[:10], atol=1e-5)
-    np.testing.assert_allclose(weights, torch.softmax(log_weights.double(), 0))
-    with pytest.raises(ValueError, match=r"log_weights must have shape \(10,\), got \(3,\)"):
-        molecules.save_weighted(molecule, tmp_path / "c", frames[:10], log_weights[:3])
+def test_numpy_weights_do_as_well():
+    weights = np.log(np.array([0.5, 0.25, 0.25]))
+    assert molecules.effective_sample_size(weights) == pytest.approx(1.0 / 3.0 / 0.375)
+    first = np.array([True, False, False])
+    assert molecules.free_energy_difference(weights, first, ~first) == pytest.approx(0.0)
+
+
+def test_no_weight_at_all_is_a_size_of_zero():
+    assert molecules.effective_sample_size(torch.full((5,), -math.inf)) == 0.0
 
 
 def test_resampled_rows_come_as_often_as_they_weigh():
