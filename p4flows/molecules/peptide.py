@@ -29,6 +29,7 @@ _RESIDUES = (
     *("ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE", "LEU", "LYS", "MET"),
     *("PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL", *_VARIANTS),
 )
+_KNOWN = (*_RESIDUES, "ACE", "NME", "CYX", "HOH", "WAT")
 
 
 def molecule_from_pdb(
@@ -204,19 +205,17 @@ def _refuse_several(topology: app.Topology) -> None:
     parts = list(networkx.connected_components(graph))
     if len(parts) < 2:
         return
-    residues = {residue.index: residue.name for residue in topology.residues()}
-    names = sorted({residues[graph.nodes[min(part)]["residue"]] for part in parts[1:]})
-    unknown = [
-        name
-        for name in names
-        if name not in (*_RESIDUES, "HOH", "WAT", "ACE", "NME", "CYX") and len(name) > 2
-    ]
-    hint = (
-        f"residue {unknown[0]} has no bonds that OpenMM knows: add CONECT lines to the file"
-        if unknown
-        else "leave out water, ions and other chains"
-    )
+    names = {residue.index: residue.name for residue in topology.residues()}
+    own = [{graph.nodes[atom]["residue"] for atom in part} for part in parts]
+    torn = sorted(set.union(*own[1:]) & own[0] or set.intersection(*own))
+    apart = [names[min(residues)] for residues in own[1:]]
+    unknown = [name for name in apart if name not in _KNOWN and len(name) > 2]
+    hint = "leave out water, ions and other chains"
+    if torn:
+        hint = f"atoms that connect {names[torn[0]]} are missing"
+    elif unknown:
+        hint = f"residue {unknown[0]} has no bonds that OpenMM knows: add CONECT lines to the file"
     raise ValueError(
         f"the file must hold one molecule, got {len(parts)} that no bond connects, with residues "
-        f"{', '.join(names)} apart: {hint}"
+        f"{', '.join(sorted(set(apart)))} apart: {hint}"
     )

@@ -20,14 +20,14 @@ SIDE_CHAINS = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def simulated(sequence):
     molecule = molecules.capped_peptide(sequence)
     return molecule, openmm_frames.frames(molecule, 3 * molecule.atoms + 60, spacing=20)
 
 
 def hands(molecule, frames):
-    """Signs of the volumes at Cα, and at Cβ of isoleucine and threonine, shape (frames, centres)."""
+    """Signs of the volumes at Cα, and at Cβ of isoleucine and threonine."""
     corners = {"CA": ("N", "C", "CB"), "ILE": ("CA", "CG1", "CG2"), "THR": ("CA", "OG1", "CG2")}
     found = []
     positions = frames.reshape(len(frames), -1, 3)
