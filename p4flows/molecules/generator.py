@@ -514,14 +514,18 @@ class BoltzmannGenerator:
         self._new_flow()
         self.flow.load_state_dict(found["flow"])
 
-    def _new_flow(self) -> None:
-        torch.manual_seed(self.settings.seed)
-        self.flow = spline_flow(
+    def build_flow(self) -> Flow:
+        """The flow at its start; another one can be put in its place by a subclass."""
+        return spline_flow(
             self.coordinates.features,
             self.settings.blocks,
             circular=self.coordinates.circular,
             hidden=self.settings.hidden,
-        ).eval()
+        )
+
+    def _new_flow(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        self.flow = self.build_flow().eval()
 
     @torch.no_grad()
     def _features(self, frames: Tensor) -> Tensor:

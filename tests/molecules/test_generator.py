@@ -43,15 +43,8 @@ def done(serine, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def pool_of_this_process(monkeypatch):
-    """Simulates in this process: a test needs no other."""
-    from p4flows.molecules import dynamics
-
-    class Pool(dynamics.concurrent.futures.ThreadPoolExecutor):
-        def __init__(self, workers, initializer, arguments):
-            super().__init__(1, initializer=initializer, initargs=arguments)
-
-    monkeypatch.setattr(dynamics, "start_pool", Pool)
+def without_processes(in_this_process):
+    """A test needs no other process."""
 
 
 def test_summary_has_what_a_script_asks(done):

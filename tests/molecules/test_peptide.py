@@ -89,9 +89,7 @@ def test_several_molecules_are_refused(tetrapeptide, tmp_path):
     file = tmp_path / "two.pdb"
     with open(file, "w") as handle:
         app.PDBFile.writeFile(modeller.topology, modeller.positions, handle)
-    with pytest.raises(
-        ValueError, match="got 2 that no bond connects.*leave out water"
-    ):
+    with pytest.raises(ValueError, match=r"got 2 that no bond connects.*leave out water"):
         molecules.molecule_from_pdb(file)
 
 
@@ -101,9 +99,7 @@ def test_what_the_force_field_does_not_know_is_refused(tetrapeptide, tmp_path):
     modeller.delete([a for a in tetrapeptide.topology.atoms() if a.element.symbol == "H"])
     with open(file, "w") as handle:
         app.PDBFile.writeFile(modeller.topology, modeller.positions, handle)
-    with pytest.raises(
-        ValueError, match=r"does not fit bare.*There are no hydrogens: add them"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit bare.*There are no hydrogens: add them"):
         molecules.molecule_from_pdb(file)
 
 
