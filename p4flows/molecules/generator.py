@@ -72,7 +72,7 @@ class Settings:
     hidden: tuple[int, ...] = (64, 64)
     batch: int = 512
     learning_rate: float = 1e-3
-    noise: float = 0.2
+    noise: float = 0.4
     seed: int = 0
 
     def __post_init__(self) -> None:
