@@ -23,46 +23,31 @@ from p4flows.transforms.spline_coupling import wrapped
 class MixedCoordinateTransform(Transform):
     """Cartesian coordinates of a molecule ↔ standardised mixed coordinates (Noé et al. 2019).
 
-    A block of k atoms keeps Cartesian coordinates, superposed and whitened (`WhitenedBlock`); each
-    other atom has a bond length, a bond angle and a torsion from a z-matrix (`find_z_matrix`). All
-    are brought to mean 0 and variance 1 over the data; a torsion's circle is cut open first, where
-    the data is sparsest. With 3k − 6 whitened coordinates, 3·atoms become 3·atoms − 6 features:
-    the rigid motions are dropped, and the inverse puts the block's centre at the origin, in the
-    orientation of the data's mean.
+    A block of k atoms keeps Cartesian coordinates, superposed and whitened; each other atom has a
+    bond length, a bond angle and a torsion from a z-matrix (`find_z_matrix`); one that closes a
+    ring has two bond lengths and a torsion. All are brought to mean 0 and variance 1 over the data;
+    a torsion's circle is cut open where the data is sparsest. The columns are [block, lengths,
+    angles, torsions], 3·atoms − 6 of them: rigid motions are dropped, and the inverse puts the
+    block's centre at the origin, in the orientation of the data's mean.
 
-    The columns are [block, lengths, angles, torsions], each in the order of `z_matrix.rows`.
+    **Circles.** With `circular=True` a torsion whose density at its cut is more than 1 % of its
+    highest stays an angle in [−π, π), in radians: the columns `circular`, for a flow on R^p × T^q.
 
-    **Circles.** A torsion that turns freely has data on both sides of any cut, and a flow on the
-    line leaks across it. With `circular=True` every torsion whose density at its cut is more than
-    1 % of its highest stays an angle in [−π, π), in radians and not standardised; the columns are
-    those of `circular`, for a flow on R^p × T^q (`spline_flow(..., circular=...)`).
-
-    **Rings.** The atom that closes a ring has two bond lengths and a torsion, so that every bond is
-    a coordinate and the map a bijection as ever.
-
-    **Hands.** A chiral centre can be mirrored without a change of energy, but no simulation does
-    so. A torsion relative to a sibling whose data stays on one side of the plane is kept there,
-    half of its circle (as Schopmans and Friederich 2025 do), and a block keeps its hand. Nothing is
-    clamped: `covers` tells which features lie within, and samples outside of it are to have weight
-    zero.
+    **Hands.** No simulation mirrors a chiral centre. A torsion relative to a sibling whose data
+    stays on one side of the plane is kept there (as Schopmans and Friederich 2025 do), and a block
+    keeps its hand. Nothing is clamped: samples that `covers` rejects are to have weight zero.
 
     **Equivalent atoms.** A third of a turn of a methyl group exchanges its hydrogens, and a flow
-    would have to learn each structure three times. For each group of `rotors`, the torsion of its
-    first atom is replaced by the mean of all its branches, a shear, and multiplied by the order n;
-    `fold` exchanges atoms so that it lies on the n-th part of the circle that stands for all. A
-    density of folded structures is n^groups times that of labelled ones, which no weight sees.
+    would have to learn each structure three times. For each of `rotors`, the torsion of its first
+    atom is replaced by the mean over its branches, a shear, and multiplied by the order n; `fold`
+    exchanges atoms so that it lies on the n-th part of the circle that stands for all.
 
-    **The log-determinant.** Dropping rigid motions makes this a map between spaces of different
-    dimension, whose volume is defined by the full map (features q, translation t, rotation
-    vector ω) → x = exp([ω]×) x(q) + t. `inverse` returns `ln|det ∂x/∂(q, t, ω)|` at t = ω = 0, and
-    `forward` the same with its sign changed. A density that does not depend on position and
-    orientation, as exp(−u(x)), has therefore the density exp(−u(x(q)) + logabsdet) of q, up to
-    normalisation: weights of a Boltzmann generator need no further correction.
+    **The log-determinant** is that of (features q, translation t, rotation vector ω) → x =
+    exp([ω]×) x(q) + t at t = ω = 0: a density exp(−u(x)) that does not depend on position and
+    orientation has the density exp(−u(x(q)) + logabsdet) of q, up to normalisation.
 
-    Where it is not a bijection, results stay finite: a feature that stands for a torsion beyond the
-    cut is a second image of the same structure, as is one for a length below zero or an angle
-    outside of (0, π); collinear or coincident reference atoms give an arbitrary torsion, and
-    logabsdet is bounded by the smallest number of the dtype.
+    Results are finite also where it is no bijection: beyond a cut, for a negative length, an angle
+    outside of (0, π), and where atoms are collinear or coincide.
 
     Args:
         data: frames in nm, shape `(frames, 3·atoms)`; it gives dtype and device.

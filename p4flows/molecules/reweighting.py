@@ -118,24 +118,7 @@ def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions
 
 
 def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
-    """The largest weights set to the largest of the others (Midgley et al. 2023).
-
-    Args:
-        log_weights: shape `(samples,)`.
-        share: how many are clipped; at least one, when it is not zero.
-
-    Returns:
-        Log-weights of the same shape. Averages are biased by what is cut off.
-
-    Raises:
-        ValueError: when the share is not in [0, 1).
-
-    Example:
-        >>> clipped(torch.tensor([0.0, 3.0, 1.0]), 0.1).tolist()
-        [0.0, 1.0, 1.0]
-    """
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"share must be in [0, 1), got {share}")
+    """The largest share of weights, at least one, set to the largest of the others."""
     count = max(1, int(share * len(log_weights))) if share else 0
     if count == 0 or count >= len(log_weights):
         return log_weights
@@ -150,31 +133,9 @@ def resampled(
     clip: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """As many rows drawn with their weights: samples of the target, to train on.
-
-    Args:
-        samples: shape `(samples, ...)`.
-        log_weights: shape `(samples,)`.
-        clip: share of the largest weights that is `clipped` first.
-        generator: of the draws; torch's global one by default.
-
-    Returns:
-        Tensor of the samples' shape, in which a row comes as often as its weight has it.
-
-    Raises:
-        ValueError: when the lengths differ or all weights are zero.
-
-    Example:
-        >>> log_weights = torch.tensor([0.0, -math.inf])
-        >>> resampled(torch.tensor([1.0, 2.0]), log_weights, clip=0.0).tolist()
-        [1.0, 1.0]
-    """
-    if log_weights.shape != samples.shape[:1]:
-        raise ValueError(
-            f"log_weights must have shape ({len(samples)},), got {tuple(log_weights.shape)}"
-        )
+    """As many rows drawn with their weights, clipped: samples of the target, to train on."""
     if not bool(log_weights.isfinite().any()):
-        raise ValueError("log_weights must have one that is finite, got none")
+        raise ValueError("no sample has a weight: more frames and minutes are needed")
     weights = torch.softmax(clipped(log_weights.double(), clip), 0)
     rows = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
     return samples[rows]
@@ -225,21 +186,10 @@ def forward_effective_sample_size(log_weights: Tensor) -> float:
 
 
 def kl_divergences(log_weights: Tensor, frame_log_weights: Tensor) -> tuple[float, float]:
-    """Reverse and forward KL divergence in nats: by how much the energy-based bounds miss ln Z.
+    """KL(q‖p) and KL(p‖q) in nats, from weights of samples and of frames of the target.
 
-    E_q[ln w] ≤ ln Z ≤ E_p[ln w] with Z = E_q[w]; the gaps are KL(q‖p) and KL(p‖q). The second is
-    the negative log-likelihood less the entropy of the target.
-
-    Args:
-        log_weights: of samples of the generator; those of weight zero are left out of E_q[ln w].
-        frame_log_weights: of frames of the target.
-
-    Returns:
-        KL(q‖p) and KL(p‖q).
-
-    Example:
-        >>> kl_divergences(torch.zeros(5), torch.zeros(4))
-        (0.0, 0.0)
+    E_q[ln w] ≤ ln Z ≤ E_p[ln w] with Z = E_q[w]; the gaps are the two, and the second is the
+    negative log-likelihood less the entropy of the target.
     """
     wide = log_weights.double()
     log_z = torch.logsumexp(wide, 0) - math.log(len(wide))
@@ -276,35 +226,9 @@ def bootstrap_error(
     resamples: int = 100,
     generator: torch.Generator | None = None,
 ) -> float:
-    """Standard error of a statistic of independent samples, by drawing them again.
-
-    Args:
-        statistic: function of tensors like `samples` that returns a number.
-        samples: tensors whose first dimensions are alike; rows are drawn together.
-        resamples: how often.
-        generator: of the draws; torch's global one by default.
-
-    Returns:
-        Standard deviation of the statistic over the resamples.
-
-    Raises:
-        TypeError: when resamples is not an int.
-        ValueError: when it is below two, there is nothing to draw, or lengths differ.
-
-    Example:
-        >>> error = bootstrap_error(lambda x: x.mean().item(), torch.randn(1000))
-        >>> 0.02 < error < 0.05
-        True
-    """
-    check_positive_int("resamples", resamples)
-    if resamples < 2:
-        raise ValueError("resamples must be at least 2, got 1")
-    lengths = {len(tensor) for tensor in samples}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"samples must have one positive length, got {sorted(lengths)}")
-    (length,) = lengths
+    """Standard error of a statistic of rows that are independent, by drawing them again."""
     found = []
     for _ in range(resamples):
-        rows = torch.randint(length, (length,), generator=generator)
+        rows = torch.randint(len(samples[0]), (len(samples[0]),), generator=generator)
         found.append(statistic(*(tensor[rows] for tensor in samples)))
     return torch.tensor(found, dtype=torch.float64).std().item()

@@ -86,13 +86,10 @@ def phi_psi(trajectory: mdtraj.Trajectory) -> np.ndarray:
 
 
 class States(NamedTuple):
-    """A partition of a circle, by a torsion of one residue.
+    """A partition of a circle by a torsion of one residue: state i is from edge i to edge i + 1.
 
-    Attributes:
-        torsion: its name, "φ Ser1".
-        column: its column among `torsions_of`.
-        names: of the states.
-        edges: in radians; state i is from edge i to edge i + 1 and the last one is what is left.
+    `torsion` is its name, `column` its column among those of `torsions_of`, `names` are those of
+    the states and `edges` in radians; the last state is what is left.
     """
 
     torsion: str
@@ -115,20 +112,7 @@ _KINDS = {
 
 
 def torsions_of(trajectory: mdtraj.Trajectory) -> tuple[list[str], np.ndarray]:
-    """Every φ, ψ and χ1 of a peptide.
-
-    Args:
-        trajectory: a peptide.
-
-    Returns:
-        Names such as "φ Ser1", and torsions in radians, shape `(frames, torsions)`.
-
-    Example:
-        >>> from p4flows.molecules import alanine_dipeptide
-        >>> molecule = alanine_dipeptide()
-        >>> torsions_of(molecule.trajectory(molecule.positions))[0]
-        ['φ Ala1', 'ψ Ala1']
-    """
+    """Names such as "φ Ser1" of every φ, ψ and χ1, and their radians (frames, torsions)."""
     names, columns = [], []
     for kind, compute in _KINDS.items():
         indices, values = compute(trajectory, periodic=False)
@@ -141,18 +125,7 @@ def torsions_of(trajectory: mdtraj.Trajectory) -> tuple[list[str], np.ndarray]:
 
 
 def peptide_states(names: Sequence[str]) -> list[States]:
-    """The states that are slowest to interchange: φ on the right or not, rotamers of χ1.
-
-    Args:
-        names: of `torsions_of`.
-
-    Returns:
-        The states of each φ and χ1.
-
-    Example:
-        >>> [states.names for states in peptide_states(["φ Ala1", "ψ Ala1"])]
-        [('0° ≤ φ Ala1 < 120°', 'φ Ala1 elsewhere')]
-    """
+    """What is slowest to interchange: φ on the right or not, rotamers of χ1."""
     third = 2.0 * math.pi / 3.0
     found = []
     for column, name in enumerate(names):

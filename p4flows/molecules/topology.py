@@ -17,17 +17,7 @@ _ISOMORPHISMS = 64
 
 
 def bond_graph(topology: Topology) -> networkx.Graph:
-    """The bonds of a topology.
-
-    Args:
-        topology: an OpenMM or mdtraj topology.
-
-    Returns:
-        A graph of atom numbers, each with its `element`, `name` and number of its `residue`.
-
-    Raises:
-        TypeError: when the topology is of another class.
-    """
+    """The bonds between atom numbers, with `element`, `name` and `residue` of each atom."""
     if isinstance(topology, app.Topology):
         atoms, bonds = list(topology.atoms()), list(topology.bonds())
     elif isinstance(topology, mdtraj.Topology):
@@ -51,7 +41,7 @@ def peptide_bonds(topology: Topology) -> list[list[int]]:
         topology: an OpenMM or mdtraj topology with all bonds.
 
     Returns:
-        (Cα or methyl, C, N, Cα or methyl) of each, by atom number.
+        (Cα or methyl, C, N, Cα or methyl) of each, by atom number; mdtraj leaves out the caps.
 
     Example:
         >>> from p4flows.molecules import alanine_dipeptide
