@@ -56,7 +56,8 @@ class Settings:
         hidden: widths of its nets.
         batch: rows of a training step.
         learning_rate: Adam's, at the start.
-        noise: of the batches, in standard deviations of the data.
+        noise: of the batches, in standard deviations of the data; falls with the learning rate.
+        weight_decay: AdamW's, of the nets.
         seed: of the simulation, the flow and the batches.
 
     Raises:
@@ -73,6 +74,7 @@ class Settings:
     batch: int = 512
     learning_rate: float = 1e-3
     noise: float = 0.4
+    weight_decay: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -221,6 +223,7 @@ class BoltzmannGenerator:
                 batch=settings.batch,
                 learning_rate=settings.learning_rate,
                 noise=settings.noise,
+                weight_decay=settings.weight_decay,
                 circular=self.coordinates.circular,
                 seed=settings.seed,
                 checkpoint=checkpoint,
@@ -284,6 +287,7 @@ class BoltzmannGenerator:
                     batch=settings.batch,
                     learning_rate=0.5 * settings.learning_rate,
                     noise=0.5 * settings.noise,
+                    weight_decay=settings.weight_decay,
                     span=(index / rounds, (index + 1) / rounds),
                     circular=self.coordinates.circular,
                     seed=settings.seed + index + 1,

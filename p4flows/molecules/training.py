@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from nflows.flows.base import Flow
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from p4flows import InvertibleMatrix, MergeHook
@@ -46,6 +46,7 @@ class Training:
         batch: int = 512,
         learning_rate: float = 1e-3,
         noise: float = 0.0,
+        weight_decay: float = 0.0,
         span: tuple[float, float] = (0.0, 1.0),
         circular: tuple[int, ...] = (),
         seed: int = 0,
@@ -54,7 +55,14 @@ class Training:
         self.flow, self.rows, self.held_out = flow, rows, held_out
         self.batch, self.learning_rate, self.noise = batch, learning_rate, noise
         self.span, self.checkpoint = span, checkpoint
-        self.optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
+        # Of the nets alone: u and v of a P4 layer start from zero after each merge.
+        nets = [m.weight for m in flow.modules() if isinstance(m, nn.Linear)]
+        others = [p for p in flow.parameters() if all(p is not weight for weight in nets)]
+        groups = [
+            {"params": nets, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
         self.hook = None
         if any(isinstance(module, InvertibleMatrix) for module in flow.modules()):
             self.hook = MergeHook(flow, self.optimizer)
