@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from openmm import OpenMMException
+
 from p4flows.molecules.generator import BoltzmannGenerator, Settings
 from p4flows.molecules.peptide import FORCE_FIELD, capped_peptide, molecule_from_pdb
 
@@ -47,7 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        FloatingPointError,
+        OpenMMException,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     kept = ("ess", "ess_error", "ess_clipped", "forward_ess", "converged", "minutes", "frames")

@@ -256,7 +256,11 @@ class BoltzmannGenerator:
         """
         settings, file = self.settings, self.output / "refining.pt"
         hot, cold = settings.simulated, settings.temperature
-        done = load_checkpoint(file) or {"rounds": [], "pool": None, "temperature": hot}
+        done = load_checkpoint(file) or {}
+        if done.get("after") != self.history.get("steps"):
+            # There are none, or those of a training that has gone on since.
+            after = self.history.get("steps")
+            done = {"rounds": [], "pool": None, "temperature": hot, "after": after}
         if done["rounds"]:
             self.flow.load_state_dict(done["flow"])
         training, judges = (self._features(frames) for frames in self.split())
@@ -342,9 +346,14 @@ class BoltzmannGenerator:
 
         Returns:
             What summary.json has.
+
+        Raises:
+            RuntimeError: before `simulate` and `sample`.
         """
         from p4flows.molecules.report import write_report
 
+        if not (hasattr(self, "frames") and hasattr(self, "samples")):
+            raise RuntimeError("there is nothing to report: simulate() and sample() come first")
         return write_report(self)
 
     def run(self, minutes: float) -> dict[str, Any]:
@@ -373,6 +382,7 @@ class BoltzmannGenerator:
             self.refine(minutes=left, rounds=12 if cold else 8)
             if not cold and self._trial(self.settings.temperature) < size:
                 self.flow.load_state_dict(before)
+                self.save(self.output / "generator.pt")
                 self.history["refinement"] = "undone: it lowered the effective sample size"
         else:
             if self.curve[-1].held_out - self.curve[-1].training > OVERFITTED:

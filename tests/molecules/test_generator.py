@@ -196,9 +196,38 @@ def test_the_minutes_end_a_simulation(serine, tmp_path):
     assert generator.simulate(frames=40, chunk=20).shape == (2, 40, 69)
 
 
-def test_training_without_frames_is_refused(serine, tmp_path):
+def test_steps_out_of_order_are_refused(serine, tmp_path):
     with pytest.raises(RuntimeError, match="simulate"):
         make(serine, tmp_path).train(steps=1)
+    with pytest.raises(RuntimeError, match="nothing to report"):
+        make(serine, tmp_path).report()
+
+
+def test_a_simulation_that_explodes_is_told_in_a_sentence(tmp_path, capsys, monkeypatch):
+    molecule = molecules.capped_peptide("ALA")
+    broken = molecules.Molecule(
+        "broken", molecule.system, molecule.topology, np.full_like(molecule.positions, np.nan)
+    )
+    monkeypatch.setattr(command, "capped_peptide", lambda *_, **__: broken)
+    line = ["--sequence", "ALA", "--workers", "1", "--output", str(tmp_path / "out")]
+    assert command.main(line) == 1
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("error: ") and "NaN" in printed
+
+
+def test_rounds_begin_again_when_training_has_gone_on(serine, done, tmp_path):
+    finished, _ = done
+    (tmp_path / "md").symlink_to(finished.output / "md")
+    generator = make(serine, tmp_path)
+    generator.simulate(frames=120, chunk=60)
+    generator.train(steps=3)
+    generator.refine(rounds=1, steps=2, samples=60)
+    spent = [generator.spent("refinement")]
+    for steps in (3, 6):
+        generator.train(steps=steps)
+        generator.refine(rounds=1, steps=2, samples=60)
+        spent.append(generator.spent("refinement"))
+    assert spent[0] == spent[1] < spent[2]
 
 
 @pytest.mark.parametrize(
