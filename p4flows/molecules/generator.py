@@ -371,7 +371,8 @@ class BoltzmannGenerator:
             What summary.json has.
         """
         cold, end = self.settings.temperature < self.settings.simulated, 0.9 * minutes
-        self.simulate(minutes=max(0.0, 0.35 * minutes - self.spent("simulation")))
+        left = 0.35 * minutes - self.spent("simulation")
+        self.simulate(minutes=max(0.0, left), frames=60_000)
         share = 0.55 if cold else 0.7
         # What the simulation takes longer is the training's loss.
         self.train(minutes=max(0.1 * minutes, share * (end - self.spent("simulation"))))

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +130,25 @@ def test_what_shares_more_than_a_bond_is_refused():
                 topology.addBond(atoms[first], atoms[first ^ bit])
     with pytest.raises(ValueError, match="closes two rings at once"):
         molecules.find_z_matrix(topology)
+
+
+def test_a_disulphide_bridge_is_a_ring_as_others():
+    app = pytest.importorskip("openmm.app", reason="needs the extra `molecules`")
+    unit = pytest.importorskip("openmm.unit", reason="needs the extra `molecules`")
+    open_chain = molecules.capped_peptide("CYS-GLY-GLY-CYS")
+    modeller = app.Modeller(open_chain.topology, open_chain.positions * unit.nanometer)
+    modeller.delete([a for a in modeller.topology.atoms() if a.name == "HG"])
+    sulphurs = [a for a in modeller.topology.atoms() if a.name == "SG"]
+    modeller.topology.addBond(*sulphurs)
+    system = app.ForceField("amber99sbildn.xml", "amber99_obc.xml").createSystem(modeller.topology)
+    start = modeller.positions.value_in_unit(unit.nanometer)
+    molecule = molecules.Molecule("bridge", system, modeller.topology, np.array(start))
+    frames = openmm_frames.frames(molecule, 200, spacing=20)
+    transform = molecules.MixedCoordinateTransform(frames, molecule.topology, circular=True)
+    assert sum(transform.z_matrix.closing) == 1
+    features, logabsdet = transform(frames)
+    positions, inverse = transform.inverse(features)
+    assert transform.covers(features).all()
+    torch.testing.assert_close(inverse, -logabsdet)
+    apart = [torch.pdist(p.reshape(-1, 3)) for p in (positions[7], frames[7])]
+    torch.testing.assert_close(*apart, rtol=0, atol=1e-6)
