@@ -33,7 +33,7 @@ from p4flows.molecules.storage import write_whole
 
 _FRAMES = 10_000  # of the simulation, where each costs an energy
 # With fewer changes of state, or a larger relative error, populations are those of the start.
-_TRANSITIONS, _UNCERTAIN = 20, 0.3
+_TRANSITIONS, _UNCERTAIN = 50, 0.2
 _RARE = 2e-3  # a state with a smaller share is not judged
 
 
