@@ -230,6 +230,8 @@ class BoltzmannGenerator:
                 seed=settings.seed,
                 checkpoint=checkpoint,
             )
+            # Another number of threads would be another order of sums.
+            loop.choose_threads(self.workers if steps is None else 1)
             with progress_bar("training", self.progress) as bar:
                 self.curve = loop.run(minutes, steps, bar)
             self.history["steps"] = loop.step
@@ -298,6 +300,7 @@ class BoltzmannGenerator:
                     circular=self.coordinates.circular,
                     seed=settings.seed + index + 1,
                 )
+                loop.choose_threads(self.workers if steps is None else 1)
                 left = max(1.0, seconds - (time.perf_counter() - begin)) / 60.0
                 title = f"round {index + 1} of {rounds}, {temperature:.0f} K"
                 with progress_bar(title, self.progress) as bar:
