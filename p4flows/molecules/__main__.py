@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 
@@ -33,8 +32,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give either a PDB file or --sequence")
     if not chosen.minutes > 0 or chosen.workers < 1:
         parser.error("--minutes and --workers must be positive")
-    # pymbar greets whoever imports it.
-    logging.getLogger("pymbar").setLevel(logging.ERROR)
     try:
         if chosen.pdb is not None:
             molecule = molecule_from_pdb(chosen.pdb, force_field=chosen.force_field)
@@ -52,9 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (
         ValueError,
         TypeError,
+        ArithmeticError,
         OSError,
         RuntimeError,
-        FloatingPointError,
         OpenMMException,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
