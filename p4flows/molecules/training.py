@@ -69,7 +69,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(seed)
         self.circular = list(circular)
         # Of the circular columns as well, whose wells are narrow beside the circle.
-        covariance = torch.cov(rows[:50_000].double().T)
+        covariance = torch.cov(rows[:: -(-len(rows) // 50_000)].double().T)
         jitter = 1e-6 * torch.eye(len(covariance), dtype=torch.float64)
         self.spread = torch.linalg.cholesky(covariance + jitter).to(rows)
         self.step, self.seconds, self.best = 0, 0.0, math.inf
@@ -99,11 +99,10 @@ class Training:
                 self._step(self.span[0] + (self.span[1] - self.span[0]) * before)
                 if int(progress() * _LOOKS) > int(before * _LOOKS):
                     self._look()
-                    last = self.curve[-1]
-                    bar.set_postfix_str(
-                        f"nats: training {last.training:.2f}, held out {last.held_out:.2f}"
-                    )
-                self.seconds -= now - (now := time.perf_counter())
+                    *_, training, held_out = self.curve[-1]
+                    bar.set_postfix_str(f"nats: training {training:.2f}, held out {held_out:.2f}")
+                before_step, now = now, time.perf_counter()
+                self.seconds += now - before_step
                 bar.update(min(progress(), 1.0) - bar.n)
                 if now - saved > _SAVED_EVERY:
                     self._save()
