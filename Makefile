@@ -3,7 +3,7 @@ BGFLOW ?= ../bgflow
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ala2 figures test coverage integrations bgflow oldest lint types docs dist bench stress clean
+.PHONY: help demo ala2 molecules figures test coverage integrations bgflow oldest lint types docs dist bench stress clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,7 +12,11 @@ demo: .venv/.examples  ## learn a checkerboard and draw it, two minutes
 	$(BIN)/python examples/toy_density.py --target checkerboard --preset quick
 
 ala2: .venv/.installed  ## Boltzmann generator of alanine dipeptide, ten minutes
-	$(BIN)/python examples/boltzmann_generator.py --preset quick
+	$(BIN)/python examples/boltzmann_generator.py --minutes 10
+
+molecules: pyproject.toml  ## install what p4flows.molecules needs into .venv
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[molecules]" -c constraints.txt
 
 # A script draws where there are records: files under results/, script and options.
 drawn = $(if $(wildcard results/$(1)),$(BIN)/python examples/$(2) --figures)
@@ -28,12 +32,6 @@ figures: .venv/.installed  ## tables and figures again, from the records under r
 	$(call drawn,alanine_dipeptide/data-quick-0.json,alanine_dipeptide.py --preset quick)
 	$(call drawn,alanine_dipeptide/data-paper-0.json,alanine_dipeptide.py --preset paper)
 	$(call drawn,alanine_dipeptide/data-beyond-0.json,alanine_dipeptide.py --preset beyond)
-	$(call drawn,boltzmann_generator/quick-p4-0.json,boltzmann_generator.py --preset quick)
-	$(call drawn,boltzmann_generator/likelihood-p4-0.json,boltzmann_generator.py --preset likelihood)
-	$(call drawn,boltzmann_generator/unturned-p4-0.json,boltzmann_generator.py --preset unturned)
-	$(call drawn,boltzmann_generator/long-p4-0.json,boltzmann_generator.py --preset long)
-	$(call drawn,boltzmann_generator/cold-p4-0.json,boltzmann_generator.py --preset cold)
-	$(call drawn,boltzmann_generator/tetrapeptide-p4-0.json,boltzmann_generator.py --preset tetrapeptide)
 
 test: lint types docs  ## lint, type check, site, doctests and tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -3,8 +3,8 @@
     python benchmarks/layers.py
 
 All layers are timed round robin in one run. A training step is forward pass, negative
-log-likelihood, backward pass down to the inputs and Adam; that of P4InvTransform is charged with a
-merge every 100 steps and a correction every 5,000. The limit is two bare products of that size,
+log-likelihood, backward pass down to the inputs and Adam; that of a P4 layer is charged with a
+merge every 50 steps and a correction every 2,500. The limit is two bare products of that size,
 x Aᵀ and g A. Libraries that cannot be imported are left out with a note.
 """
 
@@ -17,15 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, LINEAR, P4INV, entering, missing, training_step
+from contestants import (
+    CONTESTANTS,
+    LINEAR,
+    P4INV,
+    P4INV_PAPER,
+    entering,
+    missing,
+    training_step,
+)
 from report import plot, table, write
 from timing import CLOCKS, Timing, interleaved
 from torch import Tensor, nn
 
 from p4flows import MergeHook, P4InvTransform
 
-SIZES = [2, 16, 64, 256, 1024, 2048, 4096]
-EVERY, CORRECT_EVERY = 100, 50
+SIZES = [4, 8, 16, 32, 60, 128, 256, 512, 1024]
+EVERY, CORRECT_EVERY = 50, 50
+OURS = (P4INV, P4INV_PAPER)
 LIMIT = "two bare products"
 # Small layers are dispatch, whatever n: the exponent is read off where the products dominate.
 FIT_FROM = 256
@@ -44,8 +53,15 @@ def built(name: str, size: int) -> nn.Module:
 def merging(layer: P4InvTransform) -> Callable[[], Any]:
     """A merge as the hook does it, optimizer state included: a step of Adam without gradients."""
     optimizer = torch.optim.Adam(layer.parameters())
-    MergeHook.paper(layer, optimizer, every=1, correct_every=None)
-    return optimizer.step
+    paper = layer.matrix.perturbation == "additive"
+    hook = MergeHook(layer, optimizer, correct_every=None, paper=paper)
+    layer.matrix.u.grad = torch.zeros_like(layer.matrix.u)
+    optimizer.step()
+
+    def run(kept: Any = (layer, optimizer)) -> None:
+        hook.merge()
+
+    return run
 
 
 def inference(layer: nn.Module, direction: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
@@ -59,13 +75,19 @@ def inference(layer: nn.Module, direction: Callable[[Tensor], Any], x: Tensor) -
     return run
 
 
-def candidates(quantity: str, size: int, x: Tensor) -> dict[str, Callable[[], Any]]:
+def candidates(
+    quantity: str, size: int, x: Tensor, chosen: list[str]
+) -> dict[str, Callable[[], Any]]:
     """What is timed side by side for one quantity."""
     runs: dict[str, Callable[[], Any]] = {}
     if quantity in ("merge", "correction"):
-        layer = built(P4INV, size)
-        return {P4INV: merging(layer) if quantity == "merge" else layer.matrix.correct}
+        for name in OURS:
+            layer = built(name, size)
+            runs[name] = merging(layer) if quantity == "merge" else layer.matrix.correct
+        return runs
     for name, contestant in entering(size).items():
+        if chosen and name not in (P4INV, *chosen):
+            continue
         if "inverse" in quantity and not contestant.invertible:
             continue
         layer = built(name, size)
@@ -86,7 +108,7 @@ def candidates(quantity: str, size: int, x: Tensor) -> dict[str, Callable[[], An
 
 
 def measure(
-    sizes: list[int], batch: int, rounds: int, clock: Callable[[], float]
+    sizes: list[int], batch: int, rounds: int, clock: Callable[[], float], chosen: list[str]
 ) -> list[dict[str, Any]]:
     """Seconds of every quantity, contestant and size; merges are charged to the steps."""
     records = []
@@ -95,15 +117,17 @@ def measure(
         x = torch.randn(batch, size)
         timings: dict[str, dict[str, Timing]] = {}
         for quantity in QUANTITIES:
-            runs = candidates(quantity, size, x)
+            runs = candidates(quantity, size, x, chosen)
             title = f"n = {size}, {quantity}"
             timings[quantity] = interleaved(runs, rounds=rounds, title=title, clock=clock)
-        merge = timings["merge"][P4INV].median
-        correction = timings["correction"][P4INV].median
-        extra = merge / EVERY + correction / (EVERY * CORRECT_EVERY)
+        extra = {
+            name: timings["merge"][name].median / EVERY
+            + timings["correction"][name].median / (EVERY * CORRECT_EVERY)
+            for name in OURS
+        }
         for quantity, row in timings.items():
             for name, timing in row.items():
-                charged = extra if name.startswith(P4INV) and quantity.startswith("step") else 0.0
+                charged = extra.get(name, 0.0) if quantity.startswith("step") else 0.0
                 records.append(
                     {
                         "quantity": quantity,
@@ -177,6 +201,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument(
+        "--contestants", nargs="+", default=[], help="beside P4InvTransform; all by default"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -196,7 +223,9 @@ def main() -> None:
     for library in sorted(missing()):
         print(f"{library} is not importable: left out")
     clock = CLOCKS[arguments.clock]
-    records = measure(arguments.sizes, arguments.batch, arguments.rounds, clock)
+    records = measure(
+        arguments.sizes, arguments.batch, arguments.rounds, clock, arguments.contestants
+    )
     weights = memory(max(arguments.sizes), arguments.batch) if arguments.memory else []
     parts = [quantity_table(records, quantity, arguments.sizes) for quantity in QUANTITIES]
     if weights:
@@ -210,7 +239,7 @@ def main() -> None:
     shown = [P4INV, LIMIT, LINEAR, "nflows LULinear", "nflows NaiveLinear"]
     plot(
         stem.with_suffix(".png"),
-        {name: curves[name] for name in shown},
+        {name: curves[name] for name in shown if name in curves},
         f"n, training step at batch {arguments.batch}",
         FIT_FROM,
     )

@@ -21,7 +21,7 @@ autodoc_typehints = "none"  # the docstrings say types, shapes and units
 # Hosts that are not installed where the site is built; their pages are built all the same.
 autodoc_mock_imports = [
     name
-    for name in ("bgflow", "zuko", "FrEIA", "nessai", "openmm", "openmmtools", "mdtraj", "ot")
+    for name in ("bgflow", "zuko", "FrEIA", "nessai", "openmm", "openmmtools", "mdtraj")
     if importlib.util.find_spec(name) is None
 ]
 

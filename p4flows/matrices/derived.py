@@ -12,28 +12,15 @@ from torch import Tensor
 
 from p4flows.matrices.directions import scramble
 
+_ROWS_AT_ONCE = 512
+
 # Derives, from the tensors that decide, everything that is stored beside A: tensors by name.
 Derivation = Callable[..., dict[str, Tensor]]
 derivations: dict[str, Derivation] = {}
 
 
 def fingerprint(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
-    """A number that two lists of tensors share when they are equal bit by bit, and hardly else.
-
-    Args:
-        tensors: float32 or float64, each of shape `(*batch,)` or `(*batch, m, n)`.
-        batch_dims: number of dimensions of the batch.
-
-    Returns:
-        int64 tensor of shape `batch`. Cost O(mn).
-
-    Example:
-        >>> a = torch.eye(3)
-        >>> bool(fingerprint([a]) == fingerprint([a.clone()]))
-        True
-        >>> bool(fingerprint([a]) == fingerprint([a.flip(0)]))
-        False
-    """
+    """A number that two lists of tensors share when they are equal bit by bit, and hardly else."""
     scalars = [tensor for tensor in tensors if tensor.dim() == batch_dims]
     matrices = [tensor for tensor in tensors if tensor.dim() > batch_dims]
     if scalars:
@@ -44,7 +31,10 @@ def fingerprint(tensors: Sequence[Tensor], batch_dims: int = 0) -> Tensor:
 
 def _hash(matrix: Tensor) -> Tensor:
     bits = _bits(matrix)
-    rows = (bits * _weights(bits.shape[-1], bits.device)).sum(-1)
+    weights = _weights(bits.shape[-1], bits.device)
+    # In parts, so that what is needed beside a large matrix is a fraction of its size.
+    parts = [(part * weights).sum(-1) for part in bits.split(_ROWS_AT_ONCE, dim=-2)]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     # The high bits of a product depend on all bits of its factors, the low ones on few.
     return ((rows ^ (rows >> 32)) * _weights(rows.shape[-1], bits.device)).sum(-1)
 
@@ -62,28 +52,6 @@ def _weights(size: int, device: torch.device) -> Tensor:
         return scramble(torch.arange(1, size + 1, device=device)) | 1
 
 
-def sample(tensors: Sequence[Tensor]) -> float:
-    """A number that changes with the tensors, cheap and, unlike a fingerprint, of this process.
-
-    Args:
-        tensors: each of shape `(*batch, m, n)`.
-
-    Returns:
-        The number. Cost O(mn), and a wait for the device.
-    """
-    parts = []
-    for tensor in tensors:
-        rows = (tensor.detach() @ _floats(tensor.shape[-1], tensor.dtype, tensor.device)).flatten()
-        parts.append(rows @ _floats(len(rows), rows.dtype, rows.device))
-    return sum(parts[1:], parts[0]).item()
-
-
-@functools.lru_cache(maxsize=256)
-def _floats(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.linspace(0.5, 1.5, size, dtype=dtype, device=device).sin_()
-
-
 @torch.library.custom_op("p4flows::current", mutates_args=())
 def current(
     kind: str,
@@ -96,17 +64,6 @@ def current(
     """What is stored where it belongs to A, and what is derived from A where it does not.
 
     One opaque operation of a compiled graph, because a graph cannot see that A was written.
-
-    Args:
-        kind: a name in `derivations`.
-        names: of the stored tensors, separated by spaces.
-        stored: the tensors.
-        stored_fingerprint: of what decided and was derived when they were stored.
-        deciding: the arguments of the `Derivation`.
-        derived: what else the fingerprint is of.
-
-    Returns:
-        As many new tensors as there are names.
     """
     found = fingerprint([*deciding, *derived], stored_fingerprint.dim())
     if torch.equal(found, stored_fingerprint):

@@ -28,14 +28,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def scramble(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64-bit integers without visible structure.
-
-    Args:
-        x: int64 tensor.
-
-    Returns:
-        int64 tensor of the same shape.
-    """
+    """The finaliser of SplitMix64, a bijection of 64-bit integers without visible structure."""
     x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
     x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
     return x ^ _shift_right(x, 31)
@@ -48,24 +41,7 @@ def _uniform(bits: Tensor) -> Tensor:
 
 
 def standard_normal(seed: Tensor, counter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers that depend on nothing but `seed` and `counter`.
-
-    Args:
-        seed: int64 tensor of shape `(*batch,)`.
-        counter: int64 tensor of shape `(*batch,)`; each value gives an independent draw.
-        shape: the shape of one draw.
-
-    Returns:
-        float64 tensor of shape `(*batch, *shape)`.
-
-    Example:
-        >>> seed, counter = torch.tensor([1, 2]), torch.tensor([0, 0])
-        >>> draw = standard_normal(seed, counter, (3,))
-        >>> torch.equal(draw, standard_normal(seed, counter, (3,)))
-        True
-        >>> draw.shape
-        torch.Size([2, 3])
-    """
+    """Standard normal numbers that depend on nothing but `seed` and `counter`."""
     size = math.prod(shape)
     stream = scramble(seed + scramble((counter + 1) * _signed(_GOLDEN)))
     index = torch.arange(1, 2 * size + 1, device=seed.device) * _signed(_GOLDEN)
@@ -76,19 +52,7 @@ def standard_normal(seed: Tensor, counter: Tensor, shape: tuple[int, ...]) -> Te
 
 
 def random_signs(counter: Tensor, n: int) -> Tensor:
-    """Signs that depend on nothing but a counter; each 64 of them are different ones.
-
-    Args:
-        counter: int64 tensor of shape `(*batch,)`.
-        n: how many.
-
-    Returns:
-        int64 tensor of ±1, shape `(*batch, n)`.
-
-    Example:
-        >>> random_signs(torch.tensor(0), 1000).unique().tolist()
-        [-1, 1]
-    """
+    """Signs that depend on nothing but a counter; each 64 of them are different ones."""
     return _table_of_signs(n, counter.device)[counter % _SIGNS]
 
 
@@ -105,21 +69,6 @@ def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tens
     The columns of all draws in a row, n of them at a time, are a basis: H(a)·D·C with C of the
     discrete cosine transform, random signs D and a random Householder reflection H(a). A column
     costs O(n) and none is stored, where a QR decomposition would take O(n³).
-
-    Args:
-        seed: int64 tensor of shape `(*batch,)`.
-        counter: int64 tensor of shape `(*batch,)`; draw c holds the columns c·k to (c + 1)·k − 1.
-        shape: n and k, the shape of one draw.
-
-    Returns:
-        float64 tensor of shape `(*batch, n, k)` with columns of length √n, that of standard normal
-        ones: n columns v of one basis have Σ v vᵀ = n·I, not only in expectation.
-
-    Example:
-        >>> seed, counter = torch.tensor([7, 7]), torch.tensor([0, 1])
-        >>> basis = torch.cat(list(basis_columns(seed, counter, (6, 3))), dim=-1)
-        >>> torch.allclose(basis @ basis.mT, 6 * torch.eye(6, dtype=torch.float64))
-        True
     """
     n, k = shape
     position = counter.unsqueeze(-1) * k + torch.arange(k, device=counter.device)

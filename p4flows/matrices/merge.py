@@ -28,16 +28,6 @@ def probe_tolerance(size: int) -> float:
     n signs add up the errors of a row by √n: that is a LAPACK ratio of one when the errors of all
     columns are alike. Where one column has them all the probe is the ratio itself, hence the 16:
     LAPACK's own tests pass below 30.
-
-    Args:
-        size: n.
-
-    Returns:
-        √n, at most 16.
-
-    Example:
-        >>> probe_tolerance(64)
-        8.0
     """
     return min(math.sqrt(size), 16.0)
 
@@ -99,16 +89,7 @@ class MergeReport(NamedTuple):
 def merge_together(
     matrices: Sequence["PerturbedMatrix"], force: bool, correct: bool = False
 ) -> MergeReport:
-    """Merge matrices of one layout by the same calls.
-
-    Args:
-        matrices: at least one; where there are several, of the same layout.
-        force: merge also what is outside its bounds.
-        correct: compute all inverses and log-determinants anew as well.
-
-    Returns:
-        A `MergeReport`, with a leading dimension where there are several matrices.
-    """
+    """Merge matrices of one layout by the same calls."""
     first = matrices[0]
     for matrix in matrices:
         matrix._refresh(thorough=False)
@@ -143,27 +124,12 @@ def _merged(
 
 
 def changed(after: State, before: State) -> State:
-    """What of a state is not the very tensor it was before.
-
-    Args:
-        after: by name.
-        before: by name.
-
-    Returns:
-        The part of `after`.
-    """
+    """What of a state is not the very tensor it was before."""
     return {name: value for name, value in after.items() if value is not before.get(name)}
 
 
 def read_state(matrices: Sequence["PerturbedMatrix"]) -> State:
-    """The state of one matrix as it is, or of several stacked.
-
-    Args:
-        matrices: at least one, of the same layout.
-
-    Returns:
-        Parameters and buffers by name, detached.
-    """
+    """The state of one matrix as it is, or of several stacked."""
     names = [*matrices[0]._parameters, *matrices[0]._buffers]
     if len(matrices) == 1:
         return {name: getattr(matrices[0], name).detach() for name in names}
@@ -174,12 +140,7 @@ def read_state(matrices: Sequence["PerturbedMatrix"]) -> State:
 
 @torch.no_grad()
 def write_state(matrices: Sequence["PerturbedMatrix"], state: State) -> None:
-    """Write into one matrix, or the rows of a stacked state into several, by one call.
-
-    Args:
-        matrices: as for `read_state`.
-        state: new values by name.
-    """
+    """Write into one matrix, or the rows of a stacked state into several, by one call."""
     targets: list[Tensor] = []
     values: list[Tensor] = []
     for name, value in state.items():
@@ -194,15 +155,6 @@ def probe(a: Tensor, x: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     """How far X is from A⁻¹, estimated from one random vector of signs in O(n²).
 
     With such a vector s the expectation of ‖(I − A X)s‖₁ is at least ‖I − A X‖₁.
-
-    Args:
-        a: A, shape `(*batch, n, n)`.
-        x: X, same shape.
-        counter: decides which vector; shape `batch`.
-
-    Returns:
-        The larger one of ‖s − A(X s)‖₁ and ‖s − X(A s)‖₁, and ‖A‖₁·‖X‖₁; float64, shape `batch`,
-        not finite where A or X are not.
     """
     signs = random_signs(counter, a.shape[-1]).to(a.dtype).unsqueeze(-1)
     sides = [signs - a @ (x @ signs), signs - x @ (a @ signs)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from p4flows.arguments import check_floating, check_positive_int, is_int
-from p4flows.matrices.derived import current, fingerprint, sample
+from p4flows.matrices.derived import current, fingerprint
 from p4flows.matrices.directions import basis_columns, standard_normal
 from p4flows.matrices.error import MatrixError, error_of_state
 from p4flows.matrices.merge import (
@@ -147,7 +147,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     _trains_v = True
     # The tensors that decide and their versions, when the state was last known to belong to them.
     _seen: tuple[tuple[Tensor, int | None], ...] = ()
-    _sample: float | None = None
+    _sum: float | None = None
     # A weak reference to the `MergeHook` that merges it, if any.
     _hook: "weakref.ref[Any] | None" = None
     # The version of u after the last merge, and how many more mean that it is forgotten.
@@ -500,16 +500,24 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         if (is_seen and not thorough) or self._is_out_of_reach():
             return
         # An average of weights is read without gradients, and may have been written through
-        # `.data`, which versions do not show.
-        found = sample(self._that_decide())
-        if is_seen and self._sample == found:
+        # `.data`, which versions do not show. Their sum does.
+        found = self._sum_of_what_decides()
+        if is_seen and self._sum == found:
             return
         with torch.no_grad(), full_precision(self.frozen.device):
             if not torch.equal(self._fingerprint_of(read_state([self])), self.fingerprint):
                 self._derive()
-                found = sample(self._that_decide())
+                found = self._sum_of_what_decides()
         self._look()
-        self._sample = found
+        self._sum = found
+
+    def _sum_of_what_decides(self) -> float:
+        frozen, _, v = self._tensors()
+        total = frozen.sum()
+        # At full rank v stays.
+        if "v" in self._deciding and self.rank < self.size:
+            total = total + v.sum()
+        return total.item()
 
     def _is_out_of_reach(self) -> bool:
         """Whether nothing can be decided by the numbers: the compiler, torch.func, a CUDA graph."""
@@ -542,13 +550,10 @@ class PerturbedMatrix(nn.Module, abc.ABC):
         """Remember that the state has just been written, and belongs to A as it is now."""
         self._seen = tuple(
             (tensor, None if tensor.is_inference() else tensor._version)
-            for tensor in self._that_decide()
+            for tensor in (getattr(self, name) for name in self._deciding)
         )
         self._merged_at = 0 if self.u.is_inference() else self.u._version
-        self._sample = None
-
-    def _that_decide(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._deciding]
+        self._sum = None
 
     def _warn_if_forgotten(self) -> None:
         """Once, when an optimizer has stepped u for long and nothing has merged it."""
@@ -628,7 +633,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Of these very tensors, and of the optimizer that steps them.
-        own = ("_seen", "_sample", "_merged_at", "_hook")
+        own = ("_seen", "_sum", "_merged_at", "_hook")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

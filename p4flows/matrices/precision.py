@@ -7,18 +7,7 @@ from torch import Tensor
 
 
 def storage_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a matrix keeps A, A⁻¹ and ln|det A|: float32 at least.
-
-    Args:
-        dtype: of the module.
-
-    Returns:
-        A dtype.
-
-    Example:
-        >>> storage_dtype(torch.bfloat16), storage_dtype(torch.float64)
-        (torch.float32, torch.float64)
-    """
+    """The dtype in which a matrix keeps A, A⁻¹ and ln|det A|: float32 at least."""
     return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
 
 
@@ -30,14 +19,7 @@ def is_autocast(device: str) -> bool:
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """A context in which autocast is off.
-
-    Args:
-        device: where is computed.
-
-    Returns:
-        A context manager.
-    """
+    """A context in which autocast is off."""
     if is_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -48,22 +30,6 @@ def dtype_of_outputs(rows: Tensor, module: torch.dtype, device: torch.device) ->
 
     Rows of fewer digits than the layer are promoted, as torch does. Under autocast rows of any
     dtype come back in that of the layer.
-
-    Args:
-        rows: what came.
-        module: the dtype of the layer's parameters.
-        device: that of the layer.
-
-    Returns:
-        A dtype.
-
-    Raises:
-        TypeError: when the rows have more digits than the layer can keep.
-        ValueError: when they are on another device.
-
-    Example:
-        >>> dtype_of_outputs(torch.ones(2), torch.float64, torch.device("cpu"))
-        torch.float64
     """
     if rows.device != device:
         raise ValueError(

@@ -39,20 +39,7 @@ def through_matrix(
     frozen: Tensor,
     logabsdet: Tensor,
 ) -> Outputs:
-    """y = Ã x + b for rows x, and ln|det Ã| for each row, in operations that autograd knows.
-
-    Args:
-        rows: x, shape `(*batch, N, n)`.
-        bias: b, shape `(*batch, n)`, or None.
-        u: shape `(*batch, n, k)`.
-        right: R, shape `(*batch, k, n)`.
-        left: Z, shape `(*batch, k, n)`.
-        frozen: A, shape `(*batch, n, n)`.
-        logabsdet: ln|det A|, shape `batch`.
-
-    Returns:
-        y of the shape of x, and a tensor of shape `(*batch, N)`.
-    """
+    """y = Ã x + b for rows x, and ln|det Ã| for each row, in operations that autograd knows."""
     outputs = rows @ frozen.mT + (rows @ right.mT) @ u.mT
     outputs = outputs if bias is None else outputs + bias.unsqueeze(-2)
     _, change = slogdet_small(plus_identity(left @ u))

@@ -42,13 +42,6 @@ def follow_merge(
     Averages of gradients of u are carried over to the new v, those of v start at zero, and second
     moments stay. In the paper the state of v starts again, and u keeps its own. Copies of u move
     with it.
-
-    Args:
-        optimizers: an optimizer behind those that wrap it; each may have a state.
-        matrix: after the merge.
-        before: its u and v before the merge.
-        outcome: what the merge did.
-        paper: whether to follow the paper.
     """
     u, v = matrix.u, matrix.v
     for optimizer in optimizers:
@@ -75,14 +68,6 @@ def restart_parameter(optimizer: Optimizer, parameter: nn.Parameter, where: Tens
     """Give the state of a re-initialised parameter the values of a fresh optimizer.
 
     The one exception is SGD with dampening, where a fresh optimizer does not damp its first step.
-
-    Args:
-        optimizer: any of `torch.optim` with a state for each parameter; an unknown entry of
-            another optimizer is set to zero.
-        parameter: shape `(*batch, n, k)`.
-        where: boolean tensor of shape `batch`: which matrices were re-initialised. Entries with a
-            batch dimension restart there; those that all matrices share (the step count) restart
-            when every matrix did.
     """
     if not bool(where.any()):
         return
@@ -110,13 +95,6 @@ def carry_momentum(
 
     With ∂J/∂u = (∂J/∂Ã) v, an average m for the old v says m (vᵀv)⁻¹vᵀ of ∂J/∂Ã, in the sense of
     least squares, and that says m (vᵀv)⁻¹vᵀv' of the gradient for the new v'.
-
-    Args:
-        optimizer: as for `restart_parameter`.
-        u: shape `(*batch, n, k)`.
-        before: the old v, same shape.
-        after: the new v', same shape.
-        where: boolean tensor of shape `batch`: for which matrices.
     """
     momenta = [state for name, state in _entries(optimizer, u) if name in _MOMENTA]
     # At full rank the directions stay, and the averages are those of the new ones to the last bit.

@@ -25,21 +25,7 @@ def layout_of(optimizer: Optimizer) -> tuple[Any, ...]:
 
 
 def chain_of(optimizer: object) -> list[object]:
-    """An optimizer and those that it wraps: the wrappers of Accelerate, Lookahead and others.
-
-    Args:
-        optimizer: an optimizer, or a wrapper that has one as its attribute `optimizer`.
-
-    Returns:
-        It first, the innermost one last.
-
-    Example:
-        >>> import torch
-        >>> from types import SimpleNamespace
-        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
-        >>> chain_of(SimpleNamespace(optimizer=sgd))[-1] is sgd
-        True
-    """
+    """An optimizer and those that it wraps: the wrappers of Accelerate, Lookahead and others."""
     chain = [optimizer]
     while hasattr(inner := getattr(chain[-1], "optimizer", None), "step"):
         chain.append(inner)

@@ -13,15 +13,7 @@ from p4flows.matrices import PerturbedMatrix
 
 
 def group_of(module: nn.Module | None) -> "dist.ProcessGroup | None":
-    """The processes that train a module together.
-
-    Args:
-        module: it, or what holds it; None when it is gone.
-
-    Returns:
-        The group of a `DistributedDataParallel` in it, else all processes where there are several,
-        else None.
-    """
+    """The processes that train a module together."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     for each in () if module is None else module.modules():
@@ -31,14 +23,7 @@ def group_of(module: nn.Module | None) -> "dist.ProcessGroup | None":
 
 
 def refuse_flattened(module: nn.Module) -> None:
-    """An error where parameters of a module are parts of one flat tensor.
-
-    Args:
-        module: may hold P4 layers.
-
-    Raises:
-        TypeError: inside torch's `FullyShardedDataParallel` (FSDP1).
-    """
+    """An error where parameters of a module are parts of one flat tensor."""
     if any(type(each).__name__ == "FullyShardedDataParallel" for each in module.modules()):
         raise TypeError(
             "FullyShardedDataParallel flattens u and v, and a merge needs the whole matrix: put P4 "
@@ -49,15 +34,7 @@ def refuse_flattened(module: nn.Module) -> None:
 def refuse_what_cannot_merge(
     matrices: Mapping[str, PerturbedMatrix], optimizer: Optimizer | None
 ) -> None:
-    """An error where u, v or their optimizer state are not whole on each process.
-
-    Args:
-        matrices: by name.
-        optimizer: steps them; None while it is not known.
-
-    Raises:
-        TypeError: when u and v are sharded, or the optimizer shares its state out.
-    """
+    """An error where u, v or their optimizer state are not whole on each process."""
     for name, matrix in matrices.items():
         if any(hasattr(parameter, "device_mesh") for parameter in matrix.parameters()):
             raise TypeError(
@@ -73,14 +50,7 @@ def refuse_what_cannot_merge(
 
 
 def refuse_join(module: nn.Module | None) -> None:
-    """An error inside torch's `Join`, where some processes step and others do not.
-
-    Args:
-        module: it, or what holds a `DistributedDataParallel`; None where there is none.
-
-    Raises:
-        RuntimeError: within `Join`.
-    """
+    """An error inside torch's `Join`, where some processes step and others do not."""
     for each in () if module is None else module.modules():
         config = getattr(each, "_join_config", None)
         if isinstance(each, DistributedDataParallel) and getattr(config, "enable", False):
@@ -108,15 +78,7 @@ class Comparison:
 
     @torch.no_grad()
     def start(self, matrices: Mapping[str, PerturbedMatrix], steps: int) -> None:
-        """Look at the comparison before, and start the next one.
-
-        Args:
-            matrices: about to be merged, by name.
-            steps: that this process has counted.
-
-        Raises:
-            RuntimeError: on all processes, when one differed at the merge before; it names what.
-        """
+        """Look at the comparison before, and start the next one."""
         self.finish()
         device = next(iter(matrices.values())).frozen.device
         names = ["the count of steps"]
@@ -137,11 +99,7 @@ class Comparison:
             dist.destroy_process_group(self._group)
 
     def finish(self) -> None:
-        """Wait for the comparison that was started.
-
-        Raises:
-            RuntimeError: as `start`.
-        """
+        """Wait for the comparison that was started."""
         if self._pending is None:
             return
         (work, extremes, names), self._pending = self._pending, None

@@ -5,18 +5,24 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mdtraj
 import numpy as np
 import openmm
+from openmm import unit
 from tqdm.auto import tqdm
 
 from p4flows.arguments import check_positive_int
-from p4flows.molecules.system import Molecule
-from p4flows.molecules.workers import start_pool
+from p4flows.molecules.storage import write_whole
+from p4flows.molecules.system import Molecule, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,12 @@ class LangevinDynamics:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, of in (
+            ("temperature", unit.kelvin),
+            ("timestep", unit.femtosecond),
+            ("friction", unit.picosecond**-1),
+        ):
+            object.__setattr__(self, name, number(getattr(self, name), of))
         for name in ("spacing", "equilibration", "chunk"):
             check_positive_int(name, getattr(self, name))
         for name in ("temperature", "timestep", "friction"):
@@ -82,6 +94,7 @@ def simulate(
     dynamics: LangevinDynamics = LangevinDynamics(),
     replicas: int = 2,
     frames: int = 10_000,
+    minutes: float | None = None,
     workers: int = 2,
     progress: bool = True,
 ) -> np.ndarray:
@@ -98,6 +111,8 @@ def simulate(
         dynamics: the settings.
         replicas: number of independent simulations.
         frames: frames of each replica.
+        minutes: after these nothing new is begun, and there are fewer frames than asked for; at
+            least one chunk of each replica.
         workers: processes; replicas run side by side.
         progress: whether to show a progress bar.
 
@@ -111,35 +126,78 @@ def simulate(
     """
     for name, count in (("replicas", replicas), ("frames", frames), ("workers", workers)):
         check_positive_int(name, count)
+    end = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
     folder = Path(directory) / dynamics.folder(molecule)
     chunks = math.ceil(frames / dynamics.chunk)
     files = [[_chunk_file(folder, r, c) for c in range(chunks)] for r in range(replicas)]
     _describe(molecule, dynamics, folder)
     missing = {r: sum(not file.exists() for file in found) for r, found in enumerate(files)}
-    missing = {replica: count for replica, count in missing.items() if count}
-    if missing:
-        bar = tqdm(
-            total=replicas * chunks * dynamics.chunk,
-            initial=(replicas * chunks - sum(missing.values())) * dynamics.chunk,
-            unit="frame",
-            disable=not progress,
-        )
+    if any(missing.values()):
+        bar = progress_bar("simulation", progress)
+        begin, wanted = time.monotonic(), sum(missing.values())
+        idle = {replica for replica, count in missing.items() if count}
         recipe = (molecule, dynamics, folder)
-        with bar, start_pool(min(workers, len(missing)), _start_worker, recipe) as pool:
-            running = {pool.submit(_advance, replica): replica for replica in missing}
-            while running:
+        with bar, start_pool(min(workers, len(idle)), _start_worker, recipe) as pool:
+            running: dict[concurrent.futures.Future[None], int] = {}
+            while idle or running:
+                # Those that are behind first, and no more than there are workers: what has not
+                # begun when the time is over does not begin.
+                for replica in sorted(idle, key=lambda r: (-missing[r], r)):
+                    over = time.monotonic() > end and missing[replica] < chunks
+                    if over or not missing[replica]:
+                        idle.discard(replica)
+                    elif len(running) < workers:
+                        idle.discard(replica)
+                        running[pool.submit(_advance, replica)] = replica
                 done, _ = concurrent.futures.wait(
                     running, return_when=concurrent.futures.FIRST_COMPLETED
                 )
                 for future in done:
                     replica = running.pop(future)
                     future.result()
-                    bar.update(dynamics.chunk)
                     missing[replica] -= 1
-                    if missing[replica]:
-                        running[pool.submit(_advance, replica)] = replica
-    read = [[_read(file, molecule, dynamics.chunk) for file in found] for found in files]
+                    late = (time.monotonic() - begin) / (end - begin) if end > begin else 1.0
+                    share = max(late, 1.0 - sum(missing.values()) / wanted)
+                    bar.update(min(share, 1.0) - bar.n)
+                    there = replicas * chunks - sum(missing.values())
+                    bar.set_postfix_str(f"{there * dynamics.chunk:,} frames")
+                    idle.add(replica)
+    whole = min([f.exists() for f in [*found, folder / "none"]].index(False) for found in files)
+    frames = min(frames, whole * dynamics.chunk)
+    read = [[_read(file, molecule, dynamics.chunk) for file in found[:whole]] for found in files]
     return np.stack([np.concatenate(one)[:frames].reshape(frames, -1) for one in read])
+
+
+def start_pool(
+    workers: int, initializer: Callable[..., None], arguments: tuple[Any, ...]
+) -> concurrent.futures.ProcessPoolExecutor:
+    """Fresh processes that end with this one, however it ends: of SIGKILL too."""
+    return concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(initializer, arguments),
+    )
+
+
+def _start(initializer: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    # A terminal sends Ctrl-C to all: the parent lets what is being computed be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def progress_bar(title: str, shown: bool) -> tqdm:
+    """A bar from 0 to 1 with the time left."""
+    form = "{desc}: {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+    return tqdm(desc=title, total=1.0, disable=not shown, mininterval=1.0, bar_format=form)
 
 
 def _chunk_file(folder: Path, replica: int, chunk: int) -> Path:
@@ -209,7 +267,10 @@ class _Simulation:
             integrator.step(self.dynamics.spacing)
             frame[:] = context.getState(getPositions=True).getPositions(asNumpy=True)._value
         if not np.isfinite(frames).all():
-            raise openmm.OpenMMException(f"replica {replica} has left the finite numbers")
+            raise openmm.OpenMMException(
+                f"replica {replica} has left the finite numbers in chunk {chunk}: a shorter "
+                "timestep, or a better start structure; what came before is kept"
+            )
         self._save(replica, chunk, context, frames)
 
     def _save(self, replica: int, chunk: int, context: openmm.Context, frames: np.ndarray) -> None:
@@ -222,10 +283,9 @@ class _Simulation:
             velocities=state.getVelocities(asNumpy=True)._value,
             digest=_digest(frames),
         )
-        # The chunk counts as there when this file is, so it comes last, and whole.
-        aside = file.with_suffix(".part.trr")
-        self.molecule.trajectory(frames).save_trr(str(aside))
-        os.replace(aside, file)
+        # The chunk counts as there when this file is, so it comes last.
+        trajectory = self.molecule.trajectory(frames)
+        write_whole(file, lambda aside: trajectory.save_trr(str(aside)))
 
     def _state_file(self, replica: int, chunk: int) -> Path:
         return _chunk_file(self.folder, replica, chunk).with_suffix(".npz")

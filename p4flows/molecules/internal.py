@@ -1,95 +1,73 @@
 """Bond lengths, angles and torsions of a z-matrix, and the positions that have them."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from p4flows.molecules.z_matrix import ZMatrix
 
 
-def internal_coordinates(positions: Tensor, rows: Tensor) -> Tensor:
-    """Bond length, bond angle and torsion of each row of a z-matrix.
+def internal_coordinates(positions: Tensor, rows: Tensor, closing: Tensor) -> Tensor:
+    """(Length, angle, torsion) of rows of a z-matrix, (N, atoms, 3) → (N, rows, 3), in nm and rad.
 
     They are the spherical coordinates of an atom around the one that it is bonded to, in a frame
-    that the other two span. Collinear or coincident atoms give arbitrary, but finite numbers.
-
-    Args:
-        positions: in nm, shape `(N, atoms, 3)`.
-        rows: (atom, bond, angle, torsion), shape `(rows, 4)`, int64.
-
-    Returns:
-        Tensor of shape `(N, rows, 3)`: length in nm, angle in [0, π], torsion in [−π, π].
-
-    Example:
-        >>> square = torch.tensor([[[0.0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0]]])
-        >>> internal_coordinates(square, torch.tensor([[0, 1, 2, 3]])).tolist()
-        [[[1.0, 1.5707963705062866, 0.0]]]
+    that the other two span. An atom that closes a ring has its second bond length instead of the
+    angle. Collinear or coincident atoms give arbitrary, but finite numbers.
     """
     atom, bond, angle, torsion = positions[:, rows].unbind(2)
     frame = _local_frame(bond, angle, torsion)
     along, aside, above = (frame @ (atom - bond).unsqueeze(-1)).squeeze(-1).unbind(-1)
     radial = _norm(torch.stack([aside, above], -1))
-    length = _norm(atom - bond)
-    return torch.stack([length, torch.atan2(radial, along), _atan2(above, aside)], -1)
+    second = torch.where(closing, _norm(atom - angle), torch.atan2(radial, along))
+    return torch.stack([_norm(atom - bond), second, _atan2(above, aside)], -1)
 
 
-def place(coordinates: Tensor, bond: Tensor, angle: Tensor, torsion: Tensor) -> Tensor:
-    """The position that has the given internal coordinates, the inverse of the above.
+def place(
+    coordinates: Tensor, closing: Tensor, bond: Tensor, angle: Tensor, torsion: Tensor
+) -> Tensor:
+    """The position from coordinates and three positions, all of shape (N, rows, 3): the inverse.
 
-    Args:
-        coordinates: length, angle and torsion, shape `(N, rows, 3)`.
-        bond: positions of the atoms that the length refers to, shape `(N, rows, 3)`.
-        angle: those of the bond angle, same shape.
-        torsion: those of the torsion, same shape.
-
-    Returns:
-        Positions, shape `(N, rows, 3)`.
+    Finite also where two lengths make no triangle.
     """
-    length, theta, phi = coordinates.unsqueeze(-1).unbind(-2)
-    along, aside, above = _local_frame(bond, angle, torsion).unbind(-2)
-    across = torch.cos(phi) * aside + torch.sin(phi) * above
-    return bond + length * (torch.cos(theta) * along + torch.sin(theta) * across)
+    length, second, phi = coordinates.unbind(-1)
+    across = _norm(angle - bond)
+    tiny = torch.finfo(length.dtype).tiny
+    twice = (2.0 * length * across).abs().clamp_min(tiny)
+    closed = ((length**2 + across**2 - second**2) / twice).clamp(-1.0, 1.0)
+    cosine = torch.where(closing, closed, second.cos())
+    # Inside the root, because its slope at zero is infinite.
+    sine = torch.where(closing, (1.0 - closed**2).clamp_min(tiny).sqrt(), second.sin())
+    components = torch.stack([cosine, sine * phi.cos(), sine * phi.sin()], -1)
+    frame = _local_frame(bond, angle, torsion)
+    return bond + length.unsqueeze(-1) * (components.unsqueeze(-2) @ frame).squeeze(-2)
 
 
-def volume_element(coordinates: Tensor) -> Tensor:
-    """ln |∂position/∂(length, angle, torsion)| = ln(length²·|sin angle|), summed over the rows.
+def volume_element(positions: Tensor, coordinates: Tensor, rows: Tensor, closing: Tensor) -> Tensor:
+    """ln |∂position/∂coordinates| summed over the rows, shape (N,); finite everywhere.
 
-    Args:
-        coordinates: shape `(N, rows, 3)`.
-
-    Returns:
-        Tensor of shape `(N,)`; finite also where an atom sits on its reference.
+    It is ln(r² sin θ) of a length and an angle, and ln(r₁ r₂/d) of two lengths to atoms d apart.
     """
-    length, theta, _ = coordinates.unbind(-1)
+    length, second, _ = coordinates.unbind(-1)
     tiny = torch.finfo(coordinates.dtype).tiny
-    factors = 2.0 * length.abs().clamp_min(tiny).log() + theta.sin().abs().clamp_min(tiny).log()
-    return factors.sum(-1)
+    across = _norm(positions[:, rows[:, 1]] - positions[:, rows[:, 2]])
+    other = torch.where(closing, second / across, length * second.sin())
+    return (length.abs().clamp_min(tiny).log() + other.abs().clamp_min(tiny).log()).sum(-1)
+
+
+def triangles(positions: Tensor, coordinates: Tensor, rows: Tensor, closing: Tensor) -> Tensor:
+    """Which rows' lengths there is a triangle for, shape (N, rows)."""
+    length, second, _ = coordinates.unbind(-1)
+    across = _norm(positions[:, rows[:, 1]] - positions[:, rows[:, 2]])
+    return ~closing | (((length - second).abs() < across) & (across < length + second))
 
 
 class AtomPlacement(nn.Module):
     """All atoms of a molecule from its Cartesian block and the internal coordinates of the others.
 
-    Atoms whose references are placed at the same stage are placed together.
-
-    Args:
-        z_matrix: block and rows.
-
-    Attributes:
-        stages: number of calls of `place`.
-
-    Example:
-        >>> from p4flows.molecules import alanine_dipeptide, find_z_matrix
-        >>> molecule = alanine_dipeptide()
-        >>> z_matrix = find_z_matrix(molecule.topology)
-        >>> positions = torch.tensor(molecule.positions).unsqueeze(0)
-        >>> coordinates = internal_coordinates(positions, torch.tensor(z_matrix.rows))
-        >>> placed = AtomPlacement(z_matrix)(positions[:, list(z_matrix.block)], coordinates)
-        >>> torch.allclose(placed, positions)
-        True
+    Atoms whose references are placed at the same of the `stages` are placed together.
     """
 
     _order: Tensor
+    _closing: Tensor
 
     def __init__(self, z_matrix: ZMatrix) -> None:
         super().__init__()
@@ -102,28 +80,23 @@ class AtomPlacement(nn.Module):
             chosen = [i for i, row in enumerate(z_matrix.rows) if stage[row[0]] == number]
             references = [[slot[atom] for atom in z_matrix.rows[i][1:]] for i in chosen]
             slot |= {z_matrix.rows[i][0]: len(slot) + k for k, i in enumerate(chosen)}
-            self._index(f"_rows_{number}", chosen)
-            self._index(f"_references_{number}", references)
-        self._index("_order", [slot[atom] for atom in range(len(slot))])
+            self._keep(f"_rows_{number}", torch.tensor(chosen))
+            self._keep(f"_references_{number}", torch.tensor(references))
+        self._keep("_order", torch.tensor([slot[atom] for atom in range(len(slot))]))
+        self._keep("_closing", torch.tensor(z_matrix.closing, dtype=torch.bool))
 
-    def _index(self, name: str, values: Sequence[int] | Sequence[list[int]]) -> None:
-        self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values, persistent=False)
 
     def forward(self, block: Tensor, coordinates: Tensor) -> Tensor:
-        """Positions of all atoms.
-
-        Args:
-            block: positions of the block's atoms, shape `(N, block, 3)`.
-            coordinates: of the z-matrix's rows, shape `(N, rows, 3)`.
-
-        Returns:
-            Positions, shape `(N, atoms, 3)`, in the topology's order.
-        """
+        """Positions (N, atoms, 3) in the topology's order, of those of the block and the rows'."""
         placed = block
         for number in range(1, self.stages + 1):
             rows = self.get_buffer(f"_rows_{number}")
-            bond, angle, torsion = placed[:, self.get_buffer(f"_references_{number}")].unbind(2)
-            placed = torch.cat([placed, place(coordinates[:, rows], bond, angle, torsion)], 1)
+            references = placed[:, self.get_buffer(f"_references_{number}")].unbind(2)
+            placed = torch.cat(
+                [placed, place(coordinates[:, rows], self._closing[rows], *references)], 1
+            )
         return placed[:, self._order]
 
 

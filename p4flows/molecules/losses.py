@@ -10,19 +10,8 @@ from torch import Tensor
 Energy = Callable[[Tensor], Tensor]
 
 
-def check_cap(cap: tuple[float, float] | None) -> None:
-    """Refuse a cap, as in `mixed_loss`, whose first number is not below its second."""
-    if cap is not None and not cap[0] < cap[1]:
-        raise ValueError(f"cap must have low < high, got {cap}")
-
-
-def capped(energies: Tensor, cap: tuple[float, float] | None) -> Tensor:
-    """Energies of any shape, in k_BT, with a cap as in `mixed_loss` (Noé et al. 2019).
-
-    Example:
-        >>> capped(torch.tensor([1.0, 3.0, torch.inf]), (2.0, 10.0))
-        tensor([1.0000, 2.6931, 4.1972])
-    """
+def _capped(energies: Tensor, cap: tuple[float, float] | None) -> Tensor:
+    """Energies with a cap as in `mixed_loss` (Noé et al. 2019)."""
     if cap is None:
         return energies
     high, highest = cap
@@ -60,7 +49,7 @@ def energy_loss(
     # nflows has no public way to the log-determinant of the inverse.
     features, flow_volume = flow._transform.inverse(noise)
     positions, volume = coordinates.inverse(features)
-    return (capped(energy(positions), cap) - volume - flow_volume).mean()
+    return (_capped(energy(positions), cap) - volume - flow_volume).mean()
 
 
 def mixed_loss(
@@ -70,7 +59,7 @@ def mixed_loss(
     ratio: float = 0.05,
     cap: tuple[float, float] | None = None,
 ) -> Callable[[Flow, Tensor], Tensor]:
-    """The loss J = w_l J_l + w_e J_e of equation 6, for `fit(loss=...)`.
+    """The loss J = w_l J_l + w_e J_e of equation 6, as a loss of (flow, batch).
 
     Args:
         coordinates: positions → features, as `MixedCoordinateTransform`.
@@ -95,7 +84,8 @@ def mixed_loss(
     """
     if ratio < 0:
         raise ValueError(f"ratio must not be negative, got {ratio}")
-    check_cap(cap)
+    if cap is not None and not cap[0] < cap[1]:
+        raise ValueError(f"cap must have low < high, got {cap}")
     weight = ratio / (1.0 + ratio)
 
     def loss(flow: Flow, batch: Tensor) -> Tensor:

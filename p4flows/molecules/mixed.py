@@ -3,63 +3,64 @@
 import math
 from collections.abc import Sequence
 
-import mdtraj
 import torch
 from nflows.transforms.base import Transform
-from openmm import app
 from torch import Tensor
 
 from p4flows.arguments import check_rows
-from p4flows.molecules.internal import AtomPlacement, internal_coordinates, volume_element
+from p4flows.molecules.internal import (
+    AtomPlacement,
+    internal_coordinates,
+    triangles,
+    volume_element,
+)
+from p4flows.molecules.topology import Rotor, Topology, bond_graph
 from p4flows.molecules.whitening import RIGID, WhitenedBlock
 from p4flows.molecules.z_matrix import find_z_matrix
+from p4flows.transforms.spline_coupling import wrapped
 
 
 class MixedCoordinateTransform(Transform):
     """Cartesian coordinates of a molecule ↔ standardised mixed coordinates (Noé et al. 2019).
 
-    A block of k atoms keeps Cartesian coordinates, superposed and whitened (`WhitenedBlock`); each
-    other atom has a bond length, a bond angle and a torsion from a z-matrix (`find_z_matrix`). All
-    are brought to mean 0 and variance 1 over the data; a torsion's circle is cut open first, where
-    the data is sparsest. With 3k − 6 whitened coordinates, 3·atoms become 3·atoms − 6 features:
-    the rigid motions are dropped, and the inverse puts the block's centre at the origin, in the
-    orientation of the data's mean.
+    A block of k atoms keeps Cartesian coordinates, superposed and whitened; each other atom has a
+    bond length, a bond angle and a torsion from a z-matrix (`find_z_matrix`); one that closes a
+    ring has two bond lengths and a torsion. All are brought to mean 0 and variance 1 over the data;
+    a torsion's circle is cut open where the data is sparsest. The columns are [block, lengths,
+    angles, torsions], 3·atoms − 6 of them: rigid motions are dropped, and the inverse puts the
+    block's centre at the origin, in the orientation of the data's mean.
 
-    The columns are [block, lengths, angles, torsions], each in the order of `z_matrix.rows`.
+    **Circles.** With `circular=True` a torsion whose density at its cut is more than 1 % of its
+    highest stays an angle in [−π, π), in radians: the columns `circular`, for a flow on R^p × T^q.
 
-    **Circles.** A torsion that turns freely has data on both sides of any cut, and a flow on the
-    line leaks across it. With `circular=True` every torsion whose density at its cut is more than
-    1 % of its highest stays an angle in [−π, π), in radians and not standardised; the columns are
-    those of `circular`, for a flow on R^p × T^q (`spline_flow(..., circular=...)`).
+    **Hands.** No simulation mirrors a chiral centre. A torsion relative to a sibling whose data
+    stays on one side of the plane is kept there (as Schopmans and Friederich 2025 do), and a block
+    keeps its hand. Nothing is clamped: samples that `covers` rejects are to have weight zero.
 
-    **Labels and hands.** Hydrogens of a methyl group can be exchanged and a chiral centre mirrored
-    without a change of energy, but no simulation does so. A torsion relative to a sibling whose
-    data stays on one side of the plane is kept there, half of its circle (as Schopmans and
-    Friederich 2025 do), and a block keeps its hand. Nothing is clamped: `covers` tells which
-    features lie within, and samples outside of it are to have weight zero. A third of a turn of a
-    methyl group (`methyl_rotations`) stays within.
+    **Equivalent atoms.** A third of a turn of a methyl group exchanges its hydrogens, and a flow
+    would have to learn each structure three times. For each of `rotors`, the torsion of its first
+    atom is replaced by the mean over its branches, a shear, and multiplied by the order n; `fold`
+    exchanges atoms so that it lies on the n-th part of the circle that stands for all.
 
-    **The log-determinant.** Dropping rigid motions makes this a map between spaces of different
-    dimension, whose volume is defined by the full map (features q, translation t, rotation
-    vector ω) → x = exp([ω]×) x(q) + t. `inverse` returns `ln|det ∂x/∂(q, t, ω)|` at t = ω = 0, and
-    `forward` the same with its sign changed. A density that does not depend on position and
-    orientation, as exp(−u(x)), has therefore the density exp(−u(x(q)) + logabsdet) of q, up to
-    normalisation: weights of a Boltzmann generator need no further correction.
+    **The log-determinant** is that of (features q, translation t, rotation vector ω) → x =
+    exp([ω]×) x(q) + t at t = ω = 0: a density exp(−u(x)) that does not depend on position and
+    orientation has the density exp(−u(x(q)) + logabsdet) of q, up to normalisation.
 
-    Where it is not a bijection, results stay finite: a feature that stands for a torsion beyond the
-    cut is a second image of the same structure, as is one for a length below zero or an angle
-    outside of (0, π); collinear or coincident reference atoms give an arbitrary torsion, and
-    logabsdet is bounded by the smallest number of the dtype.
+    Results are finite also where it is no bijection: beyond a cut, for a negative length, an angle
+    outside of (0, π), and where atoms are collinear or coincide.
 
     Args:
         data: frames in nm, shape `(frames, 3·atoms)`; it gives dtype and device.
         topology: an OpenMM or mdtraj topology with all bonds.
+        rotors: groups to be folded, of `find_rotors`; those that the z-matrix does not turn by one
+            torsion are left out.
         block: the atoms that keep Cartesian coordinates, at least three and connected; by default
             as `find_z_matrix` chooses.
         circular: whether torsions that the data shows to turn freely stay on the circle.
 
     Attributes:
         z_matrix: the `ZMatrix`.
+        rotors: those that are folded.
         features: number of columns of the mixed coordinates, 3·atoms − 6.
         circular: the columns that are angles in [−π, π), in ascending order; the others are
             Euclidean.
@@ -68,9 +69,8 @@ class MixedCoordinateTransform(Transform):
         TypeError: when the data is not a floating-point tensor, the topology of another class or
             circular not a bool.
         ValueError: when the data has another number of atoms or is not finite, three atoms that a
-            torsion refers to are collinear in a frame, a coordinate never varies (constraints),
-            the block does not suit the molecule, or with `circular=True` a ring is not all of it
-            in the block.
+            torsion refers to are collinear in a frame, a coordinate never varies (constraints), the
+            block does not suit the molecule, or an atom closes two rings at once.
 
     Cost: forward and inverse O(N·atoms).
 
@@ -88,18 +88,23 @@ class MixedCoordinateTransform(Transform):
     """
 
     rows: Tensor
+    closing: Tensor
     cuts: Tensor
     mean: Tensor
     deviation: Tensor
     on_circle: Tensor
     lowest: Tensor
     highest: Tensor
+    order: Tensor
+    shear: Tensor
+    ideal: Tensor
 
     def __init__(
         self,
         data: Tensor,
-        topology: app.Topology | mdtraj.Topology,
+        topology: Topology,
         *,
+        rotors: Sequence[Rotor] = (),
         block: Sequence[int] | None = None,
         circular: bool = False,
     ) -> None:
@@ -113,25 +118,28 @@ class MixedCoordinateTransform(Transform):
         check_rows(data, 3 * self._atoms)
         if not bool(data.isfinite().all()):
             raise ValueError("data must be finite, got NaN or infinite coordinates")
-
-        if circular:
-            _refuse_open_rings(topology, self._block, self.z_matrix.rows)
         rows = torch.tensor(self.z_matrix.rows, dtype=torch.int64).reshape(-1, 4)
         self.register_buffer("rows", rows)
-        positions = data.detach().cpu().double().reshape(-1, self._atoms, 3)
-        _refuse_collinear(positions, rows)
-        self.whitening = WhitenedBlock(positions[:, self._block])
+        self.register_buffer("closing", torch.tensor(self.z_matrix.closing, dtype=torch.bool))
         self.placement = AtomPlacement(self.z_matrix)
-        coordinates = internal_coordinates(positions, rows)
-        cuts, filling = _sparsest(coordinates[..., 2])
+        flat = data.detach().cpu().double()
+        _refuse_collinear(flat.reshape(-1, self._atoms, 3), rows)
+        coordinates = self._internal(flat)
+        self._add_rotors(rotors, coordinates[..., 2])
+        cuts, filling = _sparsest(wrapped(self._merge(coordinates)[..., 2]))
         self.register_buffer("cuts", cuts)
         self.register_buffer("on_circle", (filling > _FILLED) & circular)
-        coordinates = self._open(coordinates)
+        flat = self.fold(flat)
+        self.whitening = WhitenedBlock(flat.reshape(-1, self._atoms, 3)[:, self._block])
+        coordinates = self._open(self._internal(flat))
         mean, deviation = coordinates.mean(0), coordinates.std(0)
         _refuse_constant(deviation, rows)
         mean[:, 2] = torch.where(self.on_circle, cuts + math.pi, mean[:, 2])
         deviation[:, 2] = torch.where(self.on_circle, 1.0, deviation[:, 2])
-        lowest, highest = _ranges(coordinates, cuts, _beside_sibling(topology, rows))
+        graph = bond_graph(topology)
+        beside = [graph.has_edge(row[1], row[3]) for row in self.z_matrix.rows]
+        siblings = torch.tensor(beside, dtype=torch.bool) & ~self.closing
+        lowest, highest = _ranges(coordinates, cuts, siblings)
         for name, value in (
             ("mean", mean),
             ("deviation", deviation),
@@ -140,6 +148,80 @@ class MixedCoordinateTransform(Transform):
         ):
             self.register_buffer(name, value)
         self.to(data)
+
+    def _add_rotors(self, rotors: Sequence[Rotor], torsions: Tensor) -> None:
+        """Find the rows of each rotor, and leave out those that have none."""
+        place = {row[0]: number for number, row in enumerate(self.z_matrix.rows)}
+        rows = len(place)
+        order, ideal = torch.ones(rows).double(), torch.zeros(rows).double()
+        shear = torch.zeros(rows, rows).double()
+        self.rotors: list[Rotor] = []
+        self._turns: list[tuple[int, Tensor]] = []
+        for rotor in rotors:
+            outside, centre = rotor.axis
+            own = [n for n, row in enumerate(self.z_matrix.rows) if row[1:3] == (centre, outside)]
+            first = own[0] if len(own) == rotor.order else -1
+            atom = self.z_matrix.rows[first][0]
+            if first < 0 or any(self.z_matrix.rows[row][3] != atom for row in own[1:]):
+                continue
+            permutation = torch.tensor(rotor.permutation)
+            # The atom that a turn brings to the first one's place is to be ahead of it.
+            ahead = place[int(permutation[atom])]
+            if rotor.order == 3 and _mean_angle(torsions[:, ahead]) < 0:
+                permutation = permutation[permutation]
+                ahead = place[int(permutation[atom])]
+            for row in own[1:]:
+                ideal[row] = 2.0 * math.pi / rotor.order * (1 if row == ahead else 2)
+            shear[own[1:], first] = 1.0 / rotor.order
+            order[first] = rotor.order
+            self.rotors.append(rotor)
+            self._turns.append((first, permutation))
+        for name, value in (("order", order), ("shear", shear), ("ideal", ideal)):
+            self.register_buffer(name, value)
+
+    def fold(self, inputs: Tensor) -> Tensor:
+        """Exchange equivalent atoms, so that structures that differ by labels become one.
+
+        Args:
+            inputs: positions in nm, shape `(N, 3·atoms)`.
+
+        Returns:
+            Positions of the same shape; `covers` holds for their features.
+        """
+        check_rows(inputs, 3 * self._atoms)
+        positions = inputs
+        for row, permutation in self._turns:
+            torsions = self._merge(self._internal(positions))[:, row, 2]
+            ahead = torch.floor((torsions - self.cuts[row]) / (2.0 * math.pi)).long()
+            positions = _turned(positions, permutation, -ahead, int(self.order[row]))
+        return positions
+
+    def unfold(self, inputs: Tensor) -> Tensor:
+        """Put equivalent atoms in one of their orders at random, from torch's global generator.
+
+        Args:
+            inputs: positions in nm, shape `(N, 3·atoms)`.
+
+        Returns:
+            Positions of the same shape, whose density is the same for all labels.
+        """
+        positions = inputs
+        for row, permutation in self._turns:
+            order = int(self.order[row])
+            times = torch.randint(order, (len(inputs),), device=inputs.device)
+            positions = _turned(positions, permutation, times, order)
+        return positions
+
+    def _internal(self, inputs: Tensor) -> Tensor:
+        positions = inputs.reshape(-1, self._atoms, 3)
+        return internal_coordinates(positions, self.rows, self.closing)
+
+    def _merge(self, coordinates: Tensor) -> Tensor:
+        """The first torsion of each rotor replaced by n times the mean over its branches."""
+        others, torsions = coordinates.split([2, 1], -1)
+        torsions = torsions.squeeze(-1)
+        mean = torsions + wrapped(torsions - self.ideal) @ self.shear
+        return torch.cat([others, (mean * self.order).unsqueeze(-1)], -1)
 
     @property
     def circular(self) -> tuple[int, ...]:
@@ -164,8 +246,8 @@ class MixedCoordinateTransform(Transform):
         check_rows(inputs, 3 * self._atoms)
         positions = inputs.reshape(-1, self._atoms, 3)
         whitened, logabsdet = self.whitening(positions[:, self._block])
-        coordinates = internal_coordinates(positions, self.rows)
-        volume = volume_element(coordinates) + self.deviation.log().sum()
+        coordinates = self._internal(inputs)
+        volume = volume_element(positions, coordinates, self.rows, self.closing) + self._scale()
         standard = (self._open(coordinates) - self.mean) / self.deviation
         features = torch.cat([whitened, standard.mT.flatten(1)], -1)
         return features, logabsdet - volume
@@ -185,10 +267,12 @@ class MixedCoordinateTransform(Transform):
             ValueError: when their shape is not `(N, 3·atoms − 6)`.
         """
         check_rows(inputs, self.features)
-        whitened, coordinates = self._split(inputs)
+        whitened, opened = self._split(inputs)
         block, logabsdet = self.whitening.inverse(whitened)
-        volume = volume_element(coordinates) + self.deviation.log().sum()
-        return self.placement(block, coordinates).flatten(1), logabsdet + volume
+        coordinates = self._separate(opened)
+        positions = self.placement(block, coordinates)
+        volume = volume_element(positions, coordinates, self.rows, self.closing) + self._scale()
+        return positions.flatten(1), logabsdet + volume
 
     def covers(self, inputs: Tensor) -> Tensor:
         """Which features stand for a structure of their own, of the data's labels and hand.
@@ -205,9 +289,14 @@ class MixedCoordinateTransform(Transform):
             ValueError: when their shape is not `(N, 3·atoms − 6)`.
         """
         check_rows(inputs, self.features)
-        block, coordinates = self._split(inputs)
-        inside = ((coordinates >= self.lowest) & (coordinates <= self.highest)).flatten(1).all(-1)
-        return inside & self.whitening.keeps_hand(block)
+        whitened, opened = self._split(inputs)
+        inside = ((opened >= self.lowest) & (opened <= self.highest)).flatten(1).all(-1)
+        inside &= self.whitening.keeps_hand(whitened)
+        if bool(self.closing.any()):
+            coordinates = self._separate(opened)
+            positions = self.placement(self.whitening.inverse(whitened)[0], coordinates)
+            inside &= triangles(positions, coordinates, self.rows, self.closing).all(-1)
+        return inside
 
     def one_sided(self) -> tuple[tuple[int, int, int, int], ...]:
         """The rows of the z-matrix whose torsion is kept on one side of the plane."""
@@ -230,11 +319,24 @@ class MixedCoordinateTransform(Transform):
         whitened, standard = features.split([self.features - internal, internal], -1)
         return whitened, standard.reshape(len(features), 3, -1).mT * self.deviation + self.mean
 
+    def _scale(self) -> Tensor:
+        """What standardising and the rotors' orders change of the volume, by its logarithm."""
+        return self.deviation.log().sum() - self.order.log().sum()
+
     def _open(self, coordinates: Tensor) -> Tensor:
-        """Torsions counted from their cut on, in [cut, cut + 2π)."""
-        lengths_and_angles, torsions = coordinates.split([2, 1], -1)
-        beyond = torch.remainder(torsions.squeeze(-1) - self.cuts, 2.0 * math.pi)
-        return torch.cat([lengths_and_angles, (beyond + self.cuts).unsqueeze(-1)], -1)
+        """Torsions counted from their cut on, in [cut, cut + 2π), rotors' in n times as much."""
+        merged = self._merge(coordinates)
+        others, torsions = merged.split([2, 1], -1)
+        turn = 2.0 * math.pi * self.order
+        beyond = torch.remainder(torsions.squeeze(-1) - self.cuts, turn)
+        return torch.cat([others, (beyond + self.cuts).unsqueeze(-1)], -1)
+
+    def _separate(self, opened: Tensor) -> Tensor:
+        """The inverse of `_open`, up to whole turns."""
+        others, torsions = opened.split([2, 1], -1)
+        mean = torsions.squeeze(-1) / self.order
+        torsions = mean - wrapped(mean - self.ideal) @ self.shear
+        return torch.cat([others, torsions.unsqueeze(-1)], -1)
 
 
 _BINS = 72  # of 5°
@@ -257,47 +359,35 @@ def _sparsest(torsions: Tensor) -> tuple[Tensor, Tensor]:
     return centers[density.argmin(-1)], density.amin(-1) / density.amax(-1)
 
 
-def _bonds(topology: app.Topology | mdtraj.Topology) -> set[frozenset[int]]:
-    bonds = topology.bonds if isinstance(topology, mdtraj.Topology) else topology.bonds()
-    return {frozenset((first.index, second.index)) for first, second in bonds}
+def _turned(positions: Tensor, permutation: Tensor, times: Tensor, order: int) -> Tensor:
+    """Rows of positions whose atoms are permuted so many times, modulo the order."""
+    atoms = positions.unflatten(-1, (-1, 3))
+    left = torch.remainder(times, order)
+    for _ in range(order - 1):
+        permuted = atoms[:, permutation.to(atoms.device)]
+        atoms = torch.where((left > 0)[:, None, None], permuted, atoms)
+        left = left - 1
+    return atoms.flatten(1)
 
 
-def _refuse_open_rings(
-    topology: app.Topology | mdtraj.Topology,
-    block: Sequence[int],
-    rows: Sequence[tuple[int, int, int, int]],
-) -> None:
-    """An error when a bond closes a ring outside of the block."""
-    lengths = {frozenset(row[:2]) for row in rows}
-    closing = [
-        sorted(bond) for bond in _bonds(topology) if bond not in lengths and not bond <= set(block)
-    ]
-    if closing:
-        raise ValueError(
-            f"the bond of atoms {min(closing)} closes a ring, so that its length is no coordinate "
-            "and no flow keeps it: name all atoms of the ring in block, or pass circular=False"
-        )
+def _mean_angle(torsions: Tensor) -> float:
+    return torch.atan2(torsions.sin().mean(), torsions.cos().mean()).item()
 
 
-def _beside_sibling(topology: app.Topology | mdtraj.Topology, rows: Tensor) -> list[bool]:
-    """For each row, whether its torsion refers to another neighbour of the atom it is bonded to."""
-    bonds = _bonds(topology)
-    return [frozenset((bond, torsion)) in bonds for _, bond, _, torsion in rows.tolist()]
-
-
-def _ranges(coordinates: Tensor, cuts: Tensor, beside_sibling: list[bool]) -> tuple[Tensor, Tensor]:
+def _ranges(coordinates: Tensor, cuts: Tensor, siblings: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest length, angle and torsion of each row, two tensors of shape (rows, 3).
 
     A torsion beside a sibling that lies on one side of the plane in all data is kept there.
     """
     lowest = torch.zeros_like(coordinates[0])
     highest = torch.full_like(lowest, math.inf)
+    # A second bond length is nowhere near π nm either.
     highest[:, 1] = math.pi
     lowest[:, 2], highest[:, 2] = cuts, cuts + 2.0 * math.pi
-    for row, sibling in enumerate(beside_sibling):
+    for row in siblings.nonzero().flatten().tolist():
         torsions = coordinates[:, row, 2]
         above = torsions.sin() > 0
-        if sibling and bool((above == above[0]).all()):
+        if bool((above == above[0]).all()):
             middle = 0.5 * math.pi if above[0] else -0.5 * math.pi
             turns = torch.round((torsions[0] - middle) / (2.0 * math.pi))
             center = middle + 2.0 * math.pi * turns

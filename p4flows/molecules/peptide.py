@@ -1,166 +1,221 @@
-"""Molecules from OpenMM's force-field files: of a PDB file, or a capped peptide of alanines."""
+"""Molecules from OpenMM's force-field files: of a PDB file, or a capped peptide by its sequence."""
 
+import importlib.resources
+import io
 import math
 import os
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import networkx
 import numpy as np
 import openmm
+import torch
 from openmm import app, unit
+from scipy.spatial.transform import Rotation
 
-from p4flows.arguments import check_positive_int
-from p4flows.molecules.bonds import bonded
+from p4flows.molecules.internal import place
 from p4flows.molecules.system import Molecule
+from p4flows.molecules.topology import bond_graph
 
 # Their OBC is the native GBSAOBCForce, several times as fast as that of implicit/obc2.xml.
 FORCE_FIELD = ("amber99sbildn.xml", "amber99_obc.xml")
+
+# Names of protonation states and what their residue is called in files.
+_VARIANTS = {"HID": "HIS", "HIE": "HIS", "HIP": "HIS", "ASH": "ASP", "GLH": "GLU", "LYN": "LYS"}
+_RESIDUES = (
+    *("ALA", "ARG", "ASN", "ASP", "CYS", "GLN", "GLU", "GLY", "HIS", "ILE", "LEU", "LYS", "MET"),
+    *("PHE", "PRO", "SER", "THR", "TRP", "TYR", "VAL", *_VARIANTS),
+)
+_KNOWN = (*_RESIDUES, "ACE", "NME", "CYX", "HOH", "WAT")
 
 
 def molecule_from_pdb(
     file: str | os.PathLike[str],
     *,
-    force_field: Sequence[str] = FORCE_FIELD,
+    force_field: str | Sequence[str] = FORCE_FIELD,
     name: str | None = None,
 ) -> Molecule:
     """A molecule as a PDB file has it, with all hydrogens and without solvent.
 
     Args:
         file: the PDB file.
-        force_field: OpenMM's files of force field and implicit solvent; Amber 99SB-ILDN with OBC.
+        force_field: one or several of the files that OpenMM ships, or XML files of your own;
+            Amber 99SB-ILDN with OBC by default.
         name: names files of results; by default the file's.
 
     Returns:
         A `Molecule` without constraints, whose density has all internal dimensions.
 
     Raises:
-        ValueError: when the file holds several molecules, or the force field does not know it.
+        FileNotFoundError: when there is no such file.
+        ValueError: when the file is no PDB file, holds several molecules, alternate locations or
+            coordinates that are not finite, or the force field does not know it.
 
     Example:
         >>> import tempfile
         >>> from openmm import app
-        >>> molecule = capped_alanines(1)
+        >>> molecule = capped_peptide("ALA")
         >>> with tempfile.NamedTemporaryFile("w", suffix=".pdb") as file:
         ...     app.PDBFile.writeFile(molecule.topology, 10.0 * molecule.positions, file)
         ...     file.flush()
         ...     molecule_from_pdb(file.name, name="dipeptide").atoms
         22
     """
-    found = app.PDBFile(os.fspath(file))
+    path = Path(file)
+    text = path.read_text(errors="replace")
+    atoms = [line for line in text.splitlines() if line.startswith(("ATOM", "HETATM"))]
+    if not atoms:
+        raise ValueError(f"{path} must be a PDB file, got no line of an atom in it")
+    if any(line[16:17].strip() for line in atoms):
+        raise ValueError(
+            f"{path} has alternate locations (column 17): keep one of each atom, for example by "
+            "pdb_selaltloc of pdb-tools"
+        )
+    try:
+        found = app.PDBFile(io.StringIO(text))
+    # OpenMM's reader raises whatever it stumbles over.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a PDB file: {error}") from error
     positions = found.getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-    if name is None:
-        name = os.path.splitext(os.path.basename(os.fspath(file)))[0]
-    return _molecule(name, found.topology, positions, force_field)
+    return _molecule(name or path.stem, found.topology, positions, force_field)
 
 
-def capped_alanines(residues: int, *, force_field: Sequence[str] = FORCE_FIELD) -> Molecule:
-    """Acetyl–(alanine)ₙ–methylamide, extended; three alanines make 42 atoms, four make 52.
+def capped_peptide(
+    sequence: str | Iterable[str], *, force_field: str | Sequence[str] = FORCE_FIELD
+) -> Molecule:
+    """Acetyl–peptide–methylamide of L-amino acids, extended.
 
     Args:
-        residues: number n of alanines.
-        force_field: OpenMM's files of force field and implicit solvent.
+        sequence: three-letter codes, "SER" or "ALA-PRO" or a list of them. HIS is HID or HIE,
+            whichever has the better hydrogen bonds; HID, HIE, HIP, ASH, GLH and LYN name a
+            protonation.
+        force_field: as in `molecule_from_pdb`.
 
     Returns:
         A `Molecule` without constraints.
 
     Raises:
-        TypeError: when residues is not an int.
-        ValueError: when it is not positive.
+        ValueError: when a residue is unknown or there is none.
 
     Example:
-        >>> capped_alanines(4).atoms
+        >>> capped_peptide("ALA-ALA-ALA-ALA").atoms
         52
     """
-    check_positive_int("residues", residues)
-    topology = app.Topology()
-    chain = topology.addChain()
-    placed: list[np.ndarray] = []
-    atoms: list[app.Atom] = []
-
-    def add(residue: app.Residue, name: str, element: str, to: int | None, at: np.ndarray) -> int:
-        atoms.append(topology.addAtom(name, app.Element.getBySymbol(element), residue))
-        if to is not None:
-            topology.addBond(atoms[to], atoms[-1])
-        placed.append(at)
-        return len(atoms) - 1
-
-    def beside(length: float, angle: float, torsion: float, *references: int) -> np.ndarray:
-        return _place(length, angle, torsion, *(placed[r] for r in references))
-
-    acetyl = topology.addResidue("ACE", chain)
-    methyl = add(acetyl, "CH3", "C", None, np.zeros(3))
-    carbonyl = add(acetyl, "C", "C", methyl, np.array([0.152, 0.0, 0.0]))
-    add(acetyl, "O", "O", carbonyl, np.array([0.152 + 0.123 * 0.5, -0.123 * 0.866, 0.0]))
-    # N in the plane, on the other side of the oxygen.
-    nitrogen_at = np.array([0.152 + 0.1335 * 0.45, 0.1335 * 0.893, 0.0])
-    before = methyl
-    for _ in range(residues):
-        residue = topology.addResidue("ALA", chain)
-        n = add(residue, "N", "N", carbonyl, nitrogen_at)
-        ca = add(residue, "CA", "C", n, beside(0.146, 122.0, 180.0, carbonyl, n, before))
-        c = add(residue, "C", "C", ca, beside(0.1525, 111.0, -140.0, n, ca, carbonyl))
-        # The L form: −122.5° from the carbonyl carbon, seen along N–Cα.
-        add(residue, "CB", "C", ca, beside(0.153, 110.0, -140.0 - 122.5, n, ca, carbonyl))
-        add(residue, "O", "O", c, beside(0.123, 120.5, -45.0, ca, c, n))
-        nitrogen_at = beside(0.1335, 116.5, 135.0, ca, c, n)
-        before, carbonyl = ca, c
-    amide = topology.addResidue("NME", chain)
-    n = add(amide, "N", "N", carbonyl, nitrogen_at)
-    add(amide, "C", "C", n, beside(0.146, 122.0, 180.0, carbonyl, n, before))
-    modeller = app.Modeller(topology, np.stack(placed) * unit.nanometer)
+    codes = re.split(r"[-\s,]+", sequence.strip()) if isinstance(sequence, str) else list(sequence)
+    names = [code.upper() for code in codes]
+    unknown = [name for name in names if name not in _RESIDUES]
+    if unknown or not names:
+        raise ValueError(
+            f"sequence must be three-letter codes joined by '-', of {', '.join(_RESIDUES)}; got "
+            f"{unknown[0] if unknown else 'none'!r}. The caps ACE and NME come by themselves"
+        )
+    topology, positions = _heavy_atoms([_VARIANTS.get(name, name) for name in names])
+    modeller = app.Modeller(topology, positions * unit.nanometer)
+    variants = [None, *(name if name in _VARIANTS else None for name in names), None]
     # OpenMM draws where hydrogens start from Python's generator: a simulation is found again by its
     # start positions, which are to be the same in every process.
     state = random.getstate()
     random.seed(0)
     try:
-        modeller.addHydrogens(platform=openmm.Platform.getPlatformByName("Reference"))
+        modeller.addHydrogens(
+            variants=variants, platform=openmm.Platform.getPlatformByName("Reference")
+        )
     finally:
         random.setstate(state)
-    positions = np.array(modeller.positions.value_in_unit(unit.nanometer))
-    return _molecule(f"ace-ala{residues}-nme", modeller.topology, positions, force_field)
+    full = np.array(modeller.positions.value_in_unit(unit.nanometer))
+    return _molecule(f"ace-{'-'.join(names).lower()}-nme", modeller.topology, full, force_field)
+
+
+# Length in nm, angle and torsion in degrees of each backbone atom: φ = −75°, ψ = 150°, ω = 180°.
+_BACKBONE = {"CA": (0.146, 122.0, 180.0), "C": (0.152, 111.0, -75.0), "N": (0.134, 117.0, 150.0)}
+_CHAIN = {"ACE": ("CH3", "C"), "NME": ("N", "C")}
+
+
+def _heavy_atoms(names: list[str]) -> tuple[app.Topology, np.ndarray]:
+    """An extended backbone on which PDBFixer's residues are superposed."""
+    line = [np.array(start) for start in ([0.0, 0.0, 0.0], [0.152, 0.0, 0.0], [0.219, 0.116, 0.0])]
+    for kind in ("CA", "C", "N") * len(names) + ("CA",):
+        length, *angles = _BACKBONE[kind]
+        coordinates = torch.tensor([[[length, *map(math.radians, angles)]]], dtype=torch.float64)
+        references = (torch.from_numpy(at).reshape(1, 1, 3) for at in line[:-4:-1])
+        line.append(place(coordinates, torch.tensor([False]), *references).flatten().numpy())
+    topology = app.Topology()
+    chain = topology.addChain()
+    positions: list[np.ndarray] = []
+    for name in ("ACE", *names, "NME"):
+        residue = topology.addResidue(name, chain)
+        own = dict(zip(_CHAIN.get(name, ("N", "CA", "C")), line, strict=False))
+        line = line[len(own) :]
+        if name != "NME":
+            # Opposite to the two other neighbours of the carbonyl carbon.
+            arms = [own["C"] - own.get("CA", own.get("CH3")), own["C"] - line[0]]
+            outward = sum(arm / np.linalg.norm(arm) for arm in arms)
+            own["O"] = own["C"] + 0.123 * outward / np.linalg.norm(outward)
+        if name in names:
+            own = _superposed(name, own) | own
+        for atom, at in own.items():
+            topology.addAtom(atom, app.Element.getBySymbol(atom[0]), residue)
+            positions.append(at)
+    topology.createStandardBonds()
+    return topology, np.stack(positions)
+
+
+def _superposed(name: str, backbone: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The heavy atoms of PDBFixer's template of a residue, upon N, Cα and C."""
+    file = importlib.resources.files("pdbfixer") / "templates" / f"{name}.pdb"
+    with file.open() as lines:
+        template = app.PDBFile(lines)
+    atoms = [atom.name for atom in template.topology.atoms()]
+    found = dict(zip(atoms, template.getPositions(asNumpy=True)._value, strict=True))
+    turn, _ = Rotation.align_vectors(
+        [backbone[to] - backbone["CA"] for to in ("N", "C")],
+        [found[to] - found["CA"] for to in ("N", "C")],
+    )
+    return {atom: turn.apply(at - found["CA"]) + backbone["CA"] for atom, at in found.items()}
 
 
 def _molecule(
-    name: str, topology: app.Topology, positions: np.ndarray, force_field: Sequence[str]
+    name: str, topology: app.Topology, positions: np.ndarray, force_field: str | Sequence[str]
 ) -> Molecule:
+    files = [force_field] if isinstance(force_field, str) else list(force_field)
     _refuse_several(topology)
+    if not np.isfinite(positions).all():
+        raise ValueError(f"{name} must have finite coordinates, got NaN or infinite ones")
     try:
-        system = app.ForceField(*force_field).createSystem(
+        system = app.ForceField(*files).createSystem(
             topology, nonbondedMethod=app.NoCutoff, constraints=None, rigidWater=False
         )
     except ValueError as error:
-        raise ValueError(f"force_field {list(force_field)} does not fit {name}: {error}") from error
+        elements = {atom.element for atom in topology.atoms()}
+        remedy = (
+            ""
+            if app.element.hydrogen in elements
+            else " There are no hydrogens: add them, by openmm.app.Modeller(...).addHydrogens()."
+        )
+        raise ValueError(f"force_field {files} does not fit {name}: {error}{remedy}") from error
     return Molecule(name, system, topology, np.asarray(positions, dtype=np.float64))
 
 
 def _refuse_several(topology: app.Topology) -> None:
     """An error when not all atoms are connected by bonds."""
-    neighbours = bonded(topology)
-    reached, queue = {0}, [0]
-    for atom in queue:
-        fresh = [n for n in neighbours[atom] if n not in reached]
-        reached.update(fresh)
-        queue += fresh
-    if len(reached) != len(neighbours):
-        raise ValueError(
-            f"the file must hold one molecule, got {len(reached)} of {len(neighbours)} atoms in "
-            "its first one: leave out water, ions and other chains"
-        )
-
-
-def _place(
-    length: float,
-    angle: float,
-    torsion: float,
-    behind: np.ndarray,
-    bond: np.ndarray,
-    first: np.ndarray,
-) -> np.ndarray:
-    """The atom at a distance from `bond`, at an angle to `behind` and a torsion to `first`."""
-    theta, phi = math.radians(angle), math.radians(torsion)
-    along = (bond - behind) / np.linalg.norm(bond - behind)
-    across = np.cross(behind - first, along)
-    across /= np.linalg.norm(across)
-    aside = np.cross(across, along)
-    turned = math.cos(phi) * aside + math.sin(phi) * across
-    return bond + length * (-math.cos(theta) * along + math.sin(theta) * turned)
+    graph = bond_graph(topology)
+    parts = list(networkx.connected_components(graph))
+    if len(parts) < 2:
+        return
+    names = {residue.index: residue.name for residue in topology.residues()}
+    own = [{graph.nodes[atom]["residue"] for atom in part} for part in parts]
+    torn = sorted(set.union(*own[1:]) & own[0] or set.intersection(*own))
+    apart = [names[min(residues)] for residues in own[1:]]
+    unknown = [name for name in apart if name not in _KNOWN and len(name) > 2]
+    hint = "leave out water, ions and other chains"
+    if torn:
+        hint = f"atoms that connect {names[torn[0]]} are missing"
+    elif unknown:
+        hint = f"residue {unknown[0]} has no bonds that OpenMM knows: add CONECT lines to the file"
+    raise ValueError(
+        f"the file must hold one molecule, got {len(parts)} that no bond connects, with residues "
+        f"{', '.join(sorted(set(apart)))} apart: {hint}"
+    )

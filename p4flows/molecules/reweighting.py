@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from nflows.flows.base import Flow
 from nflows.transforms.base import Transform
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from p4flows.arguments import check_positive_int
 from p4flows.molecules.losses import Energy
-from p4flows.molecules.symmetry import ROWS, check_symmetries, log_density_of, permuted
+
+# Rows at once: the spline parameters of 10,000 rows take some hundred MB.
+ROWS = 5_000
 
 
 class WeightedSamples(NamedTuple):
@@ -33,34 +36,24 @@ class WeightedSamples(NamedTuple):
 
 @torch.no_grad()
 def weighted_samples(
-    flow: Flow,
-    coordinates: Transform,
-    energy: Energy,
-    samples: int,
-    *,
-    symmetries: Tensor | None = None,
+    flow: Flow, coordinates: Transform, energy: Energy, samples: int
 ) -> WeightedSamples:
     """Draw from a Boltzmann generator, in batches that fit into memory.
 
     Args:
         flow: an nflows `Flow` of the coordinates' features.
         coordinates: positions → features, as `MixedCoordinateTransform`; where it has `covers`,
-            features that it does not cover get a weight of zero.
+            features that it does not cover get a weight of zero, and where it has `unfold`,
+            equivalent atoms come in any order.
         energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
         samples: number of structures.
-        symmetries: permutations of atoms that leave the energy alone, a group of shape
-            `(g, atoms)` as `methyl_rotations` gives it. The atoms are put in one of these orders at
-            random, and weights are those of the mean density of all orders (`log_density_of`): a
-            larger effective sample size for g times the evaluations of the flow, and no more
-            energies.
 
     Returns:
         `WeightedSamples`.
 
     Raises:
-        TypeError: when samples is not an int or symmetries are not an int64 tensor.
-        ValueError: when samples is not positive, or symmetries are not a group of permutations of
-            the atoms.
+        TypeError: when samples is not an int.
+        ValueError: when samples is not positive.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -76,18 +69,14 @@ def weighted_samples(
     for first in range(0, samples, ROWS):
         features, log_density = flow.sample_and_log_prob(min(ROWS, samples - first))
         positions, volume = coordinates.inverse(features)
-        log_density = log_density - volume
-        drawn = features
-        if symmetries is not None:
-            check_symmetries(symmetries, positions.shape[-1] // 3)
-            positions = permuted(positions, symmetries)
-            features, _ = coordinates(positions)
-            log_density = log_density_of(flow, coordinates, positions, symmetries)
+        # Weights are exact also where a force field tells equivalent atoms apart.
+        if hasattr(coordinates, "unfold"):
+            positions = coordinates.unfold(positions)
         energies = energy(positions)
-        log_weights = -energies - log_density
+        log_weights = volume - energies - log_density
         possible = ~log_weights.isnan()
         if covers is not None:
-            possible &= covers(drawn) & covers(features)
+            possible &= covers(features)
         log_weights = torch.where(possible, log_weights, -math.inf)
         parts.append(WeightedSamples(features, positions, energies, log_weights))
     return WeightedSamples(*map(torch.cat, zip(*parts, strict=True)))
@@ -96,38 +85,12 @@ def weighted_samples(
 def sample_with_weights(
     flow: Flow, coordinates: Transform, energy: Energy, samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Structures from a Boltzmann generator with the weights that make averages exact.
-
-    Args:
-        flow: an nflows `Flow` of the coordinates' features.
-        coordinates: positions → features, as `MixedCoordinateTransform`.
-        energy: positions → reduced energies, as `OpenMMEnergy` without a cap.
-        samples: number of structures.
-
-    Returns:
-        Positions, energies and log-weights of `weighted_samples`.
-
-    Example:
-        >>> from p4flows import P4InvTransform, realnvp_flow
-        >>> positions, energies, log_weights = sample_with_weights(
-        ...     realnvp_flow(4, 1), P4InvTransform(4), lambda x: x.square().sum(-1), 10
-        ... )
-        >>> positions.shape, log_weights.shape
-        (torch.Size([10, 4]), torch.Size([10]))
-    """
-    found = weighted_samples(flow, coordinates, energy, samples)
-    return found.positions, found.energies, found.log_weights
+    """Positions, energies and log-weights of `weighted_samples`, whose arguments it takes."""
+    return weighted_samples(flow, coordinates, energy, samples)[1:]
 
 
 @torch.no_grad()
-def log_weights_of(
-    flow: Flow,
-    coordinates: Transform,
-    energy: Energy,
-    positions: Tensor,
-    *,
-    symmetries: Tensor | None = None,
-) -> Tensor:
+def log_weights_of(flow: Flow, coordinates: Transform, energy: Energy, positions: Tensor) -> Tensor:
     """Log-weights of given structures, the frames of a simulation for instance.
 
     Args:
@@ -135,14 +98,9 @@ def log_weights_of(
         coordinates: positions → features.
         energy: positions → reduced energies.
         positions: in nm, shape `(frames, 3·atoms)`.
-        symmetries: as in `weighted_samples`.
 
     Returns:
         −u + ln R_zx − ln p_z, with the constant of `weighted_samples`, shape `(frames,)`.
-
-    Raises:
-        TypeError: when symmetries are not an int64 tensor.
-        ValueError: when they are not a group of permutations of the atoms.
 
     Example:
         >>> from p4flows import P4InvTransform, realnvp_flow
@@ -151,29 +109,16 @@ def log_weights_of(
         >>> log_weights_of(flow, P4InvTransform(4), energy, x).shape
         torch.Size([5])
     """
-    parts = [-energy(rows) for rows in positions.split(ROWS)]
-    return torch.cat(parts) - log_density_of(flow, coordinates, positions, symmetries)
+    parts = []
+    for rows in positions.split(ROWS):
+        folded = coordinates.fold(rows) if hasattr(coordinates, "fold") else rows
+        features, shrinking = coordinates(folded)
+        parts.append(-energy(rows) - flow.log_prob(features) - shrinking)
+    return torch.cat(parts)
 
 
 def clipped(log_weights: Tensor, share: float = 1e-4) -> Tensor:
-    """The largest weights set to the largest of the others (Midgley et al. 2023).
-
-    Args:
-        log_weights: shape `(samples,)`.
-        share: how many are clipped; at least one, when it is not zero.
-
-    Returns:
-        Log-weights of the same shape. Averages are biased by what is cut off.
-
-    Raises:
-        ValueError: when the share is not in [0, 1).
-
-    Example:
-        >>> clipped(torch.tensor([0.0, 3.0, 1.0]), 0.1).tolist()
-        [0.0, 1.0, 1.0]
-    """
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"share must be in [0, 1), got {share}")
+    """The largest share of weights, at least one, set to the largest of the others."""
     count = max(1, int(share * len(log_weights))) if share else 0
     if count == 0 or count >= len(log_weights):
         return log_weights
@@ -188,37 +133,15 @@ def resampled(
     clip: float = 1e-4,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """As many rows drawn with their weights: samples of the target, to train on.
-
-    Args:
-        samples: shape `(samples, ...)`.
-        log_weights: shape `(samples,)`.
-        clip: share of the largest weights that is `clipped` first.
-        generator: of the draws; torch's global one by default.
-
-    Returns:
-        Tensor of the samples' shape, in which a row comes as often as its weight has it.
-
-    Raises:
-        ValueError: when the lengths differ or all weights are zero.
-
-    Example:
-        >>> log_weights = torch.tensor([0.0, -math.inf])
-        >>> resampled(torch.tensor([1.0, 2.0]), log_weights, clip=0.0).tolist()
-        [1.0, 1.0]
-    """
-    if log_weights.shape != samples.shape[:1]:
-        raise ValueError(
-            f"log_weights must have shape ({len(samples)},), got {tuple(log_weights.shape)}"
-        )
+    """As many rows drawn with their weights, clipped: samples of the target, to train on."""
     if not bool(log_weights.isfinite().any()):
-        raise ValueError("log_weights must have one that is finite, got none")
+        raise ValueError("no sample has a weight: more frames and minutes are needed")
     weights = torch.softmax(clipped(log_weights.double(), clip), 0)
     rows = torch.multinomial(weights, len(weights), replacement=True, generator=generator)
     return samples[rows]
 
 
-def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
+def effective_sample_size(log_weights: Tensor | np.ndarray, *, clip: float = 0.0) -> float:
     """Kish's (Σw)²/Σw² as a share of the samples.
 
     Args:
@@ -227,13 +150,16 @@ def effective_sample_size(log_weights: Tensor, *, clip: float = 0.0) -> float:
             et al. (2023).
 
     Returns:
-        From 1/samples to 1. It is an upper estimate where the samples miss a part of the target.
+        From 1/samples to 1, and 0 where all weights are zero. It is an upper estimate where the
+        samples miss a part of the target.
 
     Example:
         >>> round(effective_sample_size(torch.zeros(10)), 6)
         1.0
     """
-    wide = clipped(log_weights.double(), clip)
+    wide = clipped(torch.as_tensor(log_weights).double(), clip)
+    if not bool(wide.isfinite().any()):
+        return 0.0
     log_size = 2.0 * torch.logsumexp(wide, 0) - torch.logsumexp(2.0 * wide, 0)
     return (log_size.exp() / len(wide)).item()
 
@@ -260,21 +186,10 @@ def forward_effective_sample_size(log_weights: Tensor) -> float:
 
 
 def kl_divergences(log_weights: Tensor, frame_log_weights: Tensor) -> tuple[float, float]:
-    """Reverse and forward KL divergence in nats: by how much the energy-based bounds miss ln Z.
+    """KL(q‖p) and KL(p‖q) in nats, from weights of samples and of frames of the target.
 
-    E_q[ln w] ≤ ln Z ≤ E_p[ln w] with Z = E_q[w]; the gaps are KL(q‖p) and KL(p‖q). The second is
-    the negative log-likelihood less the entropy of the target.
-
-    Args:
-        log_weights: of samples of the generator; those of weight zero are left out of E_q[ln w].
-        frame_log_weights: of frames of the target.
-
-    Returns:
-        KL(q‖p) and KL(p‖q).
-
-    Example:
-        >>> kl_divergences(torch.zeros(5), torch.zeros(4))
-        (0.0, 0.0)
+    E_q[ln w] ≤ ln Z ≤ E_p[ln w] with Z = E_q[w]; the gaps are the two, and the second is the
+    negative log-likelihood less the entropy of the target.
     """
     wide = log_weights.double()
     log_z = torch.logsumexp(wide, 0) - math.log(len(wide))
@@ -282,7 +197,9 @@ def kl_divergences(log_weights: Tensor, frame_log_weights: Tensor) -> tuple[floa
     return reverse.item(), (frame_log_weights.double().mean() - log_z).item()
 
 
-def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -> float:
+def free_energy_difference(
+    log_weights: Tensor | np.ndarray, first: Tensor | np.ndarray, second: Tensor | np.ndarray
+) -> float:
     """F(second) − F(first) in k_BT from weighted samples.
 
     Args:
@@ -298,7 +215,8 @@ def free_energy_difference(log_weights: Tensor, first: Tensor, second: Tensor) -
         >>> round(free_energy_difference(torch.zeros(3), *masks), 4)
         0.6931
     """
-    wide = log_weights.double()
+    wide, first, second = map(torch.as_tensor, (log_weights, first, second))
+    wide = wide.double()
     return (torch.logsumexp(wide[first], 0) - torch.logsumexp(wide[second], 0)).item()
 
 
@@ -308,35 +226,9 @@ def bootstrap_error(
     resamples: int = 100,
     generator: torch.Generator | None = None,
 ) -> float:
-    """Standard error of a statistic of independent samples, by drawing them again.
-
-    Args:
-        statistic: function of tensors like `samples` that returns a number.
-        samples: tensors whose first dimensions are alike; rows are drawn together.
-        resamples: how often.
-        generator: of the draws; torch's global one by default.
-
-    Returns:
-        Standard deviation of the statistic over the resamples.
-
-    Raises:
-        TypeError: when resamples is not an int.
-        ValueError: when it is below two, there is nothing to draw, or lengths differ.
-
-    Example:
-        >>> error = bootstrap_error(lambda x: x.mean().item(), torch.randn(1000))
-        >>> 0.02 < error < 0.05
-        True
-    """
-    check_positive_int("resamples", resamples)
-    if resamples < 2:
-        raise ValueError("resamples must be at least 2, got 1")
-    lengths = {len(tensor) for tensor in samples}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"samples must have one positive length, got {sorted(lengths)}")
-    (length,) = lengths
+    """Standard error of a statistic of rows that are independent, by drawing them again."""
     found = []
     for _ in range(resamples):
-        rows = torch.randint(length, (length,), generator=generator)
+        rows = torch.randint(len(samples[0]), (len(samples[0]),), generator=generator)
         found.append(statistic(*(tensor[rows] for tensor in samples)))
     return torch.tensor(found, dtype=torch.float64).std().item()

@@ -1,11 +1,11 @@
 """Metastable states of trajectories: how often they interchange, how well populations are known."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mdtraj
 import numpy as np
-from openmm import app
 
 
 class StateStatistics(NamedTuple):
@@ -85,36 +85,54 @@ def phi_psi(trajectory: mdtraj.Trajectory) -> np.ndarray:
     return np.stack([phi[:, 0], psi[:, 0]], 1)
 
 
-def peptide_bonds(topology: app.Topology | mdtraj.Topology) -> list[list[int]]:
-    """The four atoms of ω of every peptide bond, those to capping groups included.
+class States(NamedTuple):
+    """A partition of a circle by a torsion of one residue: state i is from edge i to edge i + 1.
 
-    Args:
-        topology: an OpenMM or mdtraj topology with all bonds.
-
-    Returns:
-        (Cα or methyl, C, N, Cα or methyl) of each, by atom number.
-
-    Example:
-        >>> from p4flows.molecules import alanine_dipeptide
-        >>> peptide_bonds(alanine_dipeptide().topology)
-        [[1, 4, 6, 8], [8, 14, 16, 18]]
+    `torsion` is its name, `column` its column among those of `torsions_of`, `names` are those of
+    the states and `edges` in radians; the last state is what is left.
     """
-    if isinstance(topology, app.Topology):
-        topology = mdtraj.Topology.from_openmm(topology)
-    neighbours: dict[int, list[mdtraj.core.topology.Atom]] = {}
-    for first, second in topology.bonds:
-        neighbours.setdefault(first.index, []).append(second)
-        neighbours.setdefault(second.index, []).append(first)
+
+    torsion: str
+    column: int
+    names: tuple[str, ...]
+    edges: tuple[float, ...]
+
+    def labels(self, torsions: np.ndarray) -> np.ndarray:
+        """The state of each structure from its torsions, shape `(..., torsions)` → `(...)`."""
+        turned = np.remainder(torsions[..., self.column] - self.edges[0], 2.0 * math.pi)
+        found: np.ndarray = np.digitize(turned, np.array(self.edges[1:]) - self.edges[0])
+        return found
+
+
+_KINDS = {
+    "φ": mdtraj.compute_phi,
+    "ψ": mdtraj.compute_psi,
+    "χ1": mdtraj.compute_chi1,
+}
+
+
+def torsions_of(trajectory: mdtraj.Trajectory) -> tuple[list[str], np.ndarray]:
+    """Names such as "φ Ser1" of every φ, ψ and χ1, and their radians (frames, torsions)."""
+    names, columns = [], []
+    for kind, compute in _KINDS.items():
+        indices, values = compute(trajectory, periodic=False)
+        for atoms, column in zip(indices, values.T, strict=True):
+            # Its second atom is of the residue itself but in φ, the third in all.
+            residue = trajectory.topology.atom(atoms[2]).residue
+            names.append(f"{kind} {residue.name.capitalize()}{residue.index}")
+            columns.append(column)
+    return names, np.stack(columns, -1) if columns else np.zeros((len(trajectory), 0))
+
+
+def peptide_states(names: Sequence[str]) -> list[States]:
+    """What is slowest to interchange: φ on the right or not, rotamers of χ1."""
+    third = 2.0 * math.pi / 3.0
     found = []
-    for first, second in topology.bonds:
-        if first.residue is second.residue or {first.name, second.name} != {"C", "N"}:
-            continue
-        carbonyl, nitrogen = (first, second) if first.name == "C" else (second, first)
-        ends = []
-        for atom, other in ((carbonyl, nitrogen), (nitrogen, carbonyl)):
-            carbons = [
-                n for n in neighbours[atom.index] if n.element.symbol == "C" and n is not other
-            ]
-            ends.append(carbons[0].index)
-        found.append([ends[0], carbonyl.index, nitrogen.index, ends[1]])
-    return sorted(found)
+    for column, name in enumerate(names):
+        first = f"0° ≤ {name} < 120°"
+        if name.startswith("φ"):
+            found.append(States(name, column, (first, f"{name} elsewhere"), (0.0, third)))
+        elif name.startswith("χ1"):
+            others = (f"120° ≤ {name} < 240°", f"−120° ≤ {name} < 0°")
+            found.append(States(name, column, (first, *others), (0.0, third, 2.0 * third)))
+    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import numbers
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,36 @@ _SOLVENTS = {"obc2": app.OBC2, "obc1": app.OBC1, "vacuum": None}
 _CONSTRAINTS = {None: None, "hydrogen_bonds": app.HBonds, "all_bonds": app.AllBonds}
 
 
+def number(value: object, of: unit.Unit) -> float:
+    """A number from a quantity with units, or from a number.
+
+    Args:
+        value: either.
+        of: the unit that a number has, and a quantity is taken in.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: when it is neither, or of another kind of unit.
+
+    Example:
+        >>> number(1.0 * unit.nanosecond, unit.picosecond), number(5, unit.kelvin)
+        (1000.0, 5.0)
+    """
+    if unit.is_quantity(value):
+        value = value.value_in_unit(of)  # type: ignore[attr-defined]
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"a number in {of} or a quantity is needed, got {value!r}")
+    return float(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Molecule:
     """A molecule and the potential that it moves in.
 
     Attributes:
-        name: names files of results.
+        name: names files of results, so that it is no path.
         system: the OpenMM system.
         topology: the OpenMM topology.
         positions: start positions in nm, shape `(atoms, 3)`.
@@ -32,6 +57,10 @@ class Molecule:
     system: openmm.System
     topology: app.Topology
     positions: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.name in ("", "..") or Path(self.name).name != self.name:
+            raise ValueError(f"name must name a file without a folder, got {self.name!r}")
 
     @property
     def atoms(self) -> int:
@@ -47,7 +76,7 @@ class Molecule:
         Returns:
             The trajectory, with this molecule's topology.
         """
-        frames = np.asarray(positions).reshape(-1, self.atoms, 3)
+        frames = np.asarray(positions, dtype=np.float32).reshape(-1, self.atoms, 3)
         return mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(self.topology))
 
 
@@ -100,6 +129,6 @@ def _openmmtools_data() -> Path:
     spec = importlib.util.find_spec("openmmtools")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "the files of alanine dipeptide come with openmmtools: pip install 'p4flows[molecules]'"
+            "the files of alanine dipeptide come with openmmtools: pip install -e '.[molecules]'"
         )
     return Path(spec.submodule_search_locations[0]) / "data"

@@ -13,26 +13,8 @@ class WhitenedBlock(nn.Module):
     Σ rᵢ × yᵢ = 0 (r the reference), six linear equations; the principal components of the data
     in the space that is left lose nothing, and each is divided by its standard deviation.
 
-    Args:
-        frames: training data, float64, in nm, shape `(frames, k, 3)`.
-
-    Attributes:
-        reference: mean of the superposed data, shape `(k, 3)`.
-        mean: what is subtracted, shape `(3k,)`.
-        components: principal components as columns, shape `(3k, 3k − 6)`.
-        deviations: their standard deviations in nm, largest first, shape `(3k − 6,)`.
-        handed: whether the block is the same of two mirror images in all data, shape `()`.
-
-    Raises:
-        ValueError: when the block is collinear, or the data does not vary in 3k − 6 directions (a
-            constrained bond, or too few frames).
-
-    Example:
-        >>> frames = torch.randn(50, 4, 3, dtype=torch.float64)
-        >>> block = WhitenedBlock(frames)
-        >>> whitened, logabsdet = block(frames)
-        >>> whitened.shape, torch.allclose(whitened.var(0), torch.ones(6, dtype=torch.float64))
-        (torch.Size([50, 6]), True)
+    `frames` are float64, in nm, of shape (frames, k, 3); `handed` tells whether the block is the
+    same of two mirror images in all of them.
     """
 
     reference: Tensor
@@ -77,42 +59,22 @@ class WhitenedBlock(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Whiten.
-
-        Args:
-            positions: in nm, anywhere and in any orientation, shape `(N, k, 3)`.
-
-        Returns:
-            Whitened coordinates of shape `(N, 3k − 6)` and logabsdet of shape `(N,)`, that of
-            `inverse` with its sign changed.
-        """
+        """(N, k, 3) → whitened (N, 3k − 6) and logabsdet, minus that of `inverse`."""
         superposed = _superpose(positions, self.reference)
         whitened = (superposed.flatten(1) - self.mean) @ self.components / self.deviations
         return whitened, -self._volume(superposed)
 
     def inverse(self, whitened: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions at the origin, in the reference's orientation.
+        """Whitened → positions at the origin, in the reference's orientation, and logabsdet.
 
-        Args:
-            whitened: shape `(N, 3k − 6)`.
-
-        Returns:
-            Positions of shape `(N, k, 3)` and the log absolute determinant of the map from whitened
-            coordinates, a translation and a rotation vector to positions, shape `(N,)`.
+        It is that of the map from whitened coordinates, a translation and a rotation vector.
         """
         flat = self.mean + (whitened * self.deviations) @ self.components.T
         positions = flat.reshape(len(flat), -1, 3)
         return positions, self._volume(positions)
 
     def keeps_hand(self, whitened: Tensor) -> Tensor:
-        """Which rows are not mirror images of the data.
-
-        Args:
-            whitened: shape `(N, 3k − 6)`.
-
-        Returns:
-            A bool tensor of shape `(N,)`; all True for a block that is not `handed`.
-        """
+        """Which rows are no mirror images of the data; all of them for a block not `handed`."""
         positions, _ = self.inverse(whitened)
         return (_hand(positions, self.reference) > 0) | ~self.handed
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import mdtraj
-from openmm import app
+import networkx
 
-from p4flows.molecules.bonds import bonded, openmm_topology
+from p4flows.molecules.topology import Topology, bond_graph
 
 
 class ZMatrix(NamedTuple):
@@ -16,20 +15,22 @@ class ZMatrix(NamedTuple):
         block: atoms that keep Cartesian coordinates, in ascending order.
         rows: (atom, bond, angle, torsion) for each other atom, in an order in which the last three,
             the atoms that its bond length, bond angle and torsion refer to, are placed already.
+        closing: for each row, whether its atom closes a ring: it is bonded to `bond` and to
+            `angle`, and has both lengths instead of a length and an angle.
     """
 
     block: tuple[int, ...]
     rows: tuple[tuple[int, int, int, int], ...]
+    closing: tuple[bool, ...]
 
 
-def find_z_matrix(
-    topology: app.Topology | mdtraj.Topology, block: Sequence[int] | None = None
-) -> ZMatrix:
+def find_z_matrix(topology: Topology, block: Sequence[int] | None = None) -> ZMatrix:
     """Grow a z-matrix from a block of atoms along the bonds (as Noé et al. 2019).
 
     The first atom behind a rotatable bond gets a proper torsion; its siblings get their torsion
     relative to it (an improper one), so that one torsion alone turns a whole group: the three
-    hydrogens of a methyl group move together.
+    hydrogens of a methyl group move together. The atom that closes a ring is placed by its two
+    bond lengths and a torsion, so that all bonds of the ring are coordinates.
 
     Args:
         topology: an OpenMM or mdtraj topology with all bonds.
@@ -43,7 +44,8 @@ def find_z_matrix(
     Raises:
         TypeError: when the topology is of another class.
         ValueError: when there are fewer than three atoms, the molecule is not connected by its
-            bonds, or the block is too small, not connected, or names an atom that does not exist.
+            bonds, an atom closes two rings at once, or the block is too small, not connected, or
+            names an atom that does not exist.
 
     Example:
         >>> from p4flows.molecules import alanine_dipeptide
@@ -51,83 +53,68 @@ def find_z_matrix(
         >>> z_matrix.block, len(z_matrix.rows)
         ((6, 8, 9, 10, 14), 17)
     """
-    graph = _BondGraph(openmm_topology(topology))
-    chosen = graph.center() if block is None else _checked_block(graph, block)
-    return ZMatrix(chosen, graph.grow(chosen))
+    graph = bond_graph(topology)
+    if len(graph) < 3:
+        raise ValueError(f"topology must have at least 3 atoms, got {len(graph)}")
+    apart = sorted(set(graph) - networkx.node_connected_component(graph, 0))
+    if apart:
+        raise ValueError(
+            "topology must be one connected molecule, got no path of bonds from atom 0 to "
+            f"atoms {apart[:5]}{' …' if len(apart) > 5 else ''}"
+        )
+    chosen = _center(graph) if block is None else _checked_block(graph, block)
+    return _grow(graph, chosen)
 
 
-class _BondGraph:
-    """The bonds of a molecule, neighbours with the richest surroundings first."""
-
-    def __init__(self, topology: app.Topology) -> None:
-        atoms = list(topology.atoms())
-        if len(atoms) < 3:
-            raise ValueError(f"topology must have at least 3 atoms, got {len(atoms)}")
-        neighbours = bonded(topology)
-        heavy = [atom.element is None or atom.element.symbol != "H" for atom in atoms]
-
-        def surroundings(atom: int) -> tuple[int, int, int]:
-            return (-sum(heavy[n] for n in neighbours[atom]), -len(neighbours[atom]), atom)
-
-        self.neighbours = [sorted(found, key=surroundings) for found in neighbours]
-        unreached = [a for a, d in enumerate(self.distances(0)) if d < 0]
-        if unreached:
-            raise ValueError(
-                f"topology must be one connected molecule, got no path of bonds from atom 0 to "
-                f"atoms {unreached[:5]}{' …' if len(unreached) > 5 else ''}"
-            )
-
-    def distances(self, start: int) -> list[int]:
-        """Number of bonds from an atom to every other, −1 where there is no path."""
-        distances = [-1] * len(self.neighbours)
-        distances[start] = 0
-        queue = [start]
-        for atom in queue:
-            for neighbour in self.neighbours[atom]:
-                if distances[neighbour] < 0:
-                    distances[neighbour] = distances[atom] + 1
-                    queue.append(neighbour)
-        return distances
-
-    def center(self) -> tuple[int, ...]:
-        """The most central of the atoms with most neighbours, and its neighbours."""
-        most = max(map(len, self.neighbours))
-        candidates = [a for a, found in enumerate(self.neighbours) if len(found) == most]
-        atom = min(candidates, key=lambda a: (sum(self.distances(a)), a))
-        return tuple(sorted([atom, *self.neighbours[atom]]))
-
-    def grow(self, block: tuple[int, ...]) -> tuple[tuple[int, int, int, int], ...]:
-        """The rows of the z-matrix, breadth first from the block."""
-        placed = list(block)
-        rows: list[tuple[int, int, int, int]] = []
-        for bond in placed:
-            angle = next((n for n in self.neighbours[bond] if n in placed), None)
-            assert angle is not None, (
-                "a connected block of three atoms gives every atom a neighbour"
-            )
-            for atom in self.neighbours[bond]:
-                if atom not in placed:
-                    rows.append((atom, bond, angle, self._torsion_reference(bond, angle, placed)))
-                    placed.append(atom)
-        return tuple(rows)
-
-    def _torsion_reference(self, bond: int, angle: int, placed: list[int]) -> int:
-        """A placed atom at the bond's other end, or the first one behind the angle's atom."""
-        beside = [n for n in self.neighbours[bond] if n in placed and n != angle]
-        behind = [n for n in self.neighbours[angle] if n in placed and n != bond]
-        return (beside + behind)[0]
+def _center(graph: networkx.Graph) -> tuple[int, ...]:
+    """The most central of the atoms with most neighbours, and its neighbours."""
+    most = max(degree for _, degree in graph.degree)
+    atom = min(
+        (a for a, degree in graph.degree if degree == most),
+        key=lambda a: (sum(networkx.single_source_shortest_path_length(graph, a).values()), a),
+    )
+    return tuple(sorted([atom, *graph[atom]]))
 
 
-def _checked_block(graph: _BondGraph, block: Sequence[int]) -> tuple[int, ...]:
+def _grow(graph: networkx.Graph, block: tuple[int, ...]) -> ZMatrix:
+    """The rows of the z-matrix, breadth first from the block, richest surroundings first."""
+
+    def surroundings(atom: int) -> tuple[int, int, int]:
+        heavy = sum(graph.nodes[n]["element"] != "H" for n in graph[atom])
+        return (-heavy, -graph.degree[atom], atom)
+
+    placed = list(block)
+    rows: list[tuple[int, int, int, int]] = []
+    closing = []
+
+    def placed_beside(atom: int, *others: int) -> list[int]:
+        return [n for n in sorted(graph[atom], key=surroundings) if n in placed and n not in others]
+
+    for bond in placed:
+        for atom in sorted(graph[bond], key=surroundings):
+            if atom in placed:
+                continue
+            ends = placed_beside(atom, bond)
+            if len(ends) > 1:
+                raise ValueError(
+                    f"atom {atom} closes two rings at once, so that one of its bonds would be no "
+                    "coordinate: rings that share more than a bond cannot be done"
+                )
+            angle = (ends or placed_beside(bond))[0]
+            # At the bond's other end, or the first one behind the angle's atom.
+            torsion = (placed_beside(bond, angle) + placed_beside(angle, bond))[0]
+            rows.append((atom, bond, angle, torsion))
+            closing.append(bool(ends))
+            placed.append(atom)
+    return ZMatrix(block, tuple(rows), tuple(closing))
+
+
+def _checked_block(graph: networkx.Graph, block: Sequence[int]) -> tuple[int, ...]:
     chosen = tuple(sorted(set(map(int, block))))
-    atoms = len(graph.neighbours)
     if len(chosen) != len(block) or len(chosen) < 3:
         raise ValueError(f"block must hold at least 3 different atoms, got {list(block)}")
-    if chosen[0] < 0 or chosen[-1] >= atoms:
-        raise ValueError(f"block must hold atoms from 0 to {atoms - 1}, got {list(block)}")
-    reached = [chosen[0]]
-    for atom in reached:
-        reached += [n for n in graph.neighbours[atom] if n in chosen and n not in reached]
-    if len(reached) != len(chosen):
+    if chosen[0] < 0 or chosen[-1] >= len(graph):
+        raise ValueError(f"block must hold atoms from 0 to {len(graph) - 1}, got {list(block)}")
+    if not networkx.is_connected(graph.subgraph(chosen)):
         raise ValueError(f"block must be connected by bonds, got {list(block)}")
     return chosen

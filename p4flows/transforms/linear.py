@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from p4flows.arguments import check_positive_int, check_rows
 from p4flows.matrices import InvertibleMatrix, MergeBounds, OrthogonalMatrix, PerturbedMatrix
-from p4flows.matrices.derived import sample
 from p4flows.matrices.precision import is_autocast
 
 
@@ -27,8 +26,6 @@ class _Cache(LinearCache):
         key = (
             # What is cached in inference mode cannot be used outside of it.
             torch.is_inference_mode_enabled(),
-            # Averages of weights write through `.data`, which versions do not show.
-            sample([matrix.u, matrix.v]),
             *((t.data_ptr(), t._version) for t in tensors),
         )
         if key != self._key:
@@ -53,7 +50,8 @@ class PerturbedLinear(Linear):
         bias: whether to add a trainable b.
         using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
             matrix product for a batch. The cache notices merges, optimizer steps, `.to()`,
-            `load_state_dict` and every other write.
+            `load_state_dict` and every other write but one to u through `.data`: call
+            `cache.invalidate()` after that.
     """
 
     matrix: PerturbedMatrix
@@ -241,7 +239,7 @@ class P4InvTransform(PerturbedLinear):
     ) -> None:
         check_positive_int("features", features)
         other = init if isinstance(init, Linear | nn.Linear) else None
-        weight = init if isinstance(init, str | Tensor) else weight_of(init)
+        weight: Any = init if other is None else weight_of(other)
         matrix = InvertibleMatrix(
             features,
             rank=rank,

@@ -59,7 +59,7 @@ MODULES = {
 def test_plain_is_the_same_function(build):
     layer = moved(build()).double()
     x = torch.randn(5, 3, dtype=torch.float64)
-    layer(x)  # derives what is kept beside A
+    layer(x)  # `moved` has written v
     before = copy.deepcopy(layer.state_dict())
     other = plain(layer)
     for direction in ("forward", "inverse"):

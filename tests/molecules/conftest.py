@@ -1,7 +1,8 @@
 """Frames of alanine dipeptide for all tests of molecules."""
 
 import pytest
-import torch
+
+from molecules import openmm_frames
 
 
 @pytest.fixture(scope="session")
@@ -14,17 +15,16 @@ def molecule():
 @pytest.fixture(scope="session")
 def frames(molecule):
     """400 frames at 600 K, 20 fs apart, float64, shape (400, 66)."""
-    import openmm
+    return openmm_frames.frames(molecule, 400, spacing=20)
 
-    integrator = openmm.LangevinMiddleIntegrator(600.0, 1.0, 0.001)
-    integrator.setRandomNumberSeed(1)
-    platform = openmm.Platform.getPlatformByName("Reference")
-    context = openmm.Context(molecule.system, integrator, platform)
-    context.setPositions(molecule.positions)
-    context.setVelocitiesToTemperature(600.0, 1)
-    positions = []
-    for _ in range(400):
-        integrator.step(20)
-        state = context.getState(getPositions=True)
-        positions.append(torch.from_numpy(state.getPositions(asNumpy=True)._value).flatten())
-    return torch.stack(positions)
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Simulations run in a thread: fresh processes take seconds to start."""
+    from p4flows.molecules import dynamics
+
+    class Pool(dynamics.concurrent.futures.ThreadPoolExecutor):
+        def __init__(self, workers, initializer, arguments):
+            super().__init__(1, initializer=initializer, initargs=arguments)
+
+    monkeypatch.setattr(dynamics, "start_pool", Pool)

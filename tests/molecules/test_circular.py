@@ -53,7 +53,7 @@ def test_circular_features_are_radians_of_the_torsion(transform, turning):
     turned[:, column] += 0.3
     torsions = [
         molecules.mixed.internal_coordinates(
-            transform.inverse(f)[0].reshape(1, 22, 3), transform.rows
+            transform.inverse(f)[0].reshape(1, 22, 3), transform.rows, transform.closing
         )[0, row, 2]
         for f in (features, turned)
     ]
@@ -135,21 +135,3 @@ def test_float32_is_kept(turning, molecule):
     features, logabsdet = narrow(turning.float())
     assert features.dtype == logabsdet.dtype == torch.float32
     assert narrow.covers(features).all()
-
-
-def test_rings_are_refused_unless_they_are_in_the_block():
-    app = pytest.importorskip("openmm.app", reason="needs the extra `molecules`")
-    system = pytest.importorskip("p4flows.molecules.system", reason="needs `molecules`")
-    stem = str(system._openmmtools_data() / "benzene-toluene-implicit/receptor")
-    topology = app.AmberPrmtopFile(f"{stem}.prmtop").topology
-    positions = app.AmberInpcrdFile(f"{stem}.inpcrd").getPositions(asNumpy=True)._value
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(50, 36, dtype=torch.float64, generator=generator)
-    frames = torch.from_numpy(positions.ravel()) + 0.003 * noise
-    with pytest.raises(ValueError, match=r"closes a ring.*name all atoms of the ring in block"):
-        molecules.MixedCoordinateTransform(frames, topology, circular=True)
-    ring = [atom.index for atom in topology.atoms() if atom.element.symbol == "C"]
-    transform = molecules.MixedCoordinateTransform(frames, topology, block=ring, circular=True)
-    features, logabsdet = transform(frames)
-    assert features.shape == (50, 30) and transform.covers(features).all()
-    torch.testing.assert_close(transform.inverse(features)[1], -logabsdet)

@@ -1,7 +1,13 @@
 """Langevin dynamics: cache, resume, independence of replicas."""
 
 import dataclasses
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,3 +180,39 @@ def test_bad_settings_are_refused(settings, error, message):
 def test_bad_counts_are_refused(molecule, tmp_path):
     with pytest.raises(ValueError, match="replicas must be a positive int, got 0"):
         molecules.simulate(molecule, tmp_path, replicas=0)
+
+
+PARENT = """
+import os, signal
+from p4flows.molecules.dynamics import start_pool
+if __name__ == "__main__":
+    pool = start_pool(2, print, ())
+    list(pool.map(abs, range(20)))
+    print(*pool._processes, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGKILL")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    # Orphans would hold the pipe open and keep this waiting.
+    run = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert run.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in run.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10.0
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    # A zombie has ended; whoever inherited it has not looked yet.
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"

@@ -14,8 +14,8 @@ def z_matrix(molecule):
 
 
 def test_agree_with_mdtraj(molecule, frames, z_matrix):
-    rows = torch.tensor(z_matrix.rows)
-    found = internal.internal_coordinates(frames.reshape(-1, 22, 3), rows)
+    rows, closing = torch.tensor(z_matrix.rows), torch.tensor(z_matrix.closing)
+    found = internal.internal_coordinates(frames.reshape(-1, 22, 3), rows, closing)
     trajectory = molecule.trajectory(frames.numpy())
     for kind, compute in enumerate(
         (mdtraj.compute_distances, mdtraj.compute_angles, mdtraj.compute_dihedrals)
@@ -29,22 +29,30 @@ def test_agree_with_mdtraj(molecule, frames, z_matrix):
 
 def test_placement_is_the_inverse(frames, z_matrix):
     positions = frames.reshape(-1, 22, 3)
-    coordinates = internal.internal_coordinates(positions, torch.tensor(z_matrix.rows))
+    rows, closing = torch.tensor(z_matrix.rows), torch.tensor(z_matrix.closing)
+    coordinates = internal.internal_coordinates(positions, rows, closing)
     placement = internal.AtomPlacement(z_matrix)
     placed = placement(positions[:, list(z_matrix.block)], coordinates)
     torch.testing.assert_close(placed, positions, rtol=0, atol=1e-13)
     assert placement.stages < len(z_matrix.rows)
 
 
-def test_volume_element_is_the_jacobian_of_placement():
+@pytest.mark.parametrize("closing", [False, True], ids=["angle", "two lengths"])
+def test_volume_element_is_the_jacobian_of_placement(closing):
     torch.manual_seed(0)
-    bond, angle, torsion = torch.randn(3, 1, 1, 3, dtype=torch.float64)
-    coordinates = torch.tensor([[[1.3, 2.0, -2.5]]], dtype=torch.float64)
+    references = torch.randn(3, 1, 1, 3, dtype=torch.float64)
+    second = (references[0] - references[1]).norm() if closing else 2.0
+    coordinates = torch.tensor([[[1.3, second, -2.5]]], dtype=torch.float64)
+    flag, row = torch.tensor([closing]), torch.tensor([[3, 0, 1, 2]])
     jacobian = torch.autograd.functional.jacobian(
-        lambda c: internal.place(c, bond, angle, torsion), coordinates
+        lambda c: internal.place(c, flag, *references), coordinates
     ).reshape(3, 3)
-    expected = torch.linalg.slogdet(jacobian).logabsdet
-    torch.testing.assert_close(internal.volume_element(coordinates)[0], expected)
+    placed = internal.place(coordinates, flag, *references)
+    positions = torch.cat([*references, placed], 1)
+    found = internal.volume_element(positions, coordinates, row, flag)
+    torch.testing.assert_close(found[0], torch.linalg.slogdet(jacobian).logabsdet)
+    again = internal.internal_coordinates(positions, row, flag)
+    torch.testing.assert_close(again, coordinates)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +65,12 @@ def test_volume_element_is_the_jacobian_of_placement():
     ids=["collinear", "coincident", "one point"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bad_geometry_is_finite_and_so_are_its_gradients(atoms, dtype):
+@pytest.mark.parametrize("closing", [False, True], ids=["angle", "two lengths"])
+def test_bad_geometry_is_finite_and_so_are_its_gradients(atoms, dtype, closing):
     positions = torch.tensor([atoms], dtype=dtype, requires_grad=True)
-    rows = torch.tensor([[0, 1, 2, 3]])
-    coordinates = internal.internal_coordinates(positions, rows)
-    volume = internal.volume_element(coordinates)
+    row = torch.tensor([[0, 1, 2, 3]]), torch.tensor([closing])
+    coordinates = internal.internal_coordinates(positions, *row)
+    volume = internal.volume_element(positions, coordinates, *row)
     assert coordinates.isfinite().all()
     assert volume.isfinite().all()
     (coordinates.sum() + volume.sum()).backward()

@@ -131,20 +131,38 @@ def test_copies_and_state_dicts_carry_everything(transform, frames, molecule):
         torch.testing.assert_close(found(frames), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "atoms"), [("benzene-toluene-implicit/receptor", 12), ("cb7-b2/receptor", 126)]
-)
-def test_molecules_with_rings(name, atoms):
+def ring(name, atoms):
+    """Topology and noisy frames of one of openmmtools' molecules."""
     stem = str(system._openmmtools_data() / name)
     topology = app.AmberPrmtopFile(f"{stem}.prmtop").topology
     positions = app.AmberInpcrdFile(f"{stem}.inpcrd").getPositions(asNumpy=True)._value
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(50, 3 * atoms, dtype=torch.float64, generator=generator)
-    frames = torch.from_numpy(positions.ravel()) + 0.003 * noise
-    transform = molecules.MixedCoordinateTransform(frames, topology)
+    return topology, torch.from_numpy(positions.ravel()) + 0.003 * noise
+
+
+def test_all_bonds_of_a_ring_are_coordinates():
+    topology, frames = ring("benzene-toluene-implicit/receptor", 12)
+    transform = molecules.MixedCoordinateTransform(frames, topology, circular=True)
     features, _ = transform(frames)
-    assert features.shape == (50, 3 * atoms - 6)
+    assert features.shape == (50, 30) and transform.covers(features).all()
     torch.testing.assert_close(distances(transform.inverse(features)[0]), distances(frames))
+    (closing,) = (row for row, last in zip(*transform.z_matrix[1:], strict=True) if last)
+    row = transform.z_matrix.rows.index(closing)
+    lengths = distances(frames)[:, closing[0], list(closing[1:3])]
+    columns = [30 - 3 * 8 + row, 30 - 2 * 8 + row]
+    standard = (lengths - lengths.mean(0)) / lengths.std(0)
+    torch.testing.assert_close(features[:, columns], standard)
+    # Lengths that make no triangle.
+    apart = features[:1].clone()
+    apart[:, columns] = -60.0
+    assert not transform.covers(apart).any()
+
+
+def test_a_cage_is_refused():
+    topology, frames = ring("cb7-b2/receptor", 126)
+    with pytest.raises(ValueError, match="closes two rings at once"):
+        molecules.MixedCoordinateTransform(frames, topology)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ app = pytest.importorskip("openmm.app", reason="needs the extra `molecules`")
 
 @pytest.fixture(scope="module")
 def tetrapeptide():
-    return molecules.capped_alanines(4)
+    return molecules.capped_peptide("ALA-ALA-ALA-ALA")
 
 
 def write(molecule, file):
@@ -26,14 +26,14 @@ def modeller_of(molecule):
     return app.Modeller(molecule.topology, molecule.positions * unit.nanometer)
 
 
-def test_capped_alanines_are_extended_and_left_handed(tetrapeptide):
+def test_capped_peptides_are_extended_and_left_handed(tetrapeptide):
     trajectory = tetrapeptide.trajectory(tetrapeptide.positions)
     phi, psi, omega = (
         np.degrees(compute(trajectory)[1][0])
         for compute in (mdtraj.compute_phi, mdtraj.compute_psi, mdtraj.compute_omega)
     )
-    np.testing.assert_allclose(phi, [-140.0] * 4, atol=1.0)
-    np.testing.assert_allclose(psi, [135.0] * 4, atol=1.0)
+    np.testing.assert_allclose(phi, [-75.0] * 4, atol=1.0)
+    np.testing.assert_allclose(psi, [150.0] * 4, atol=1.0)
     np.testing.assert_allclose(np.abs(omega), 180.0, atol=1.0)
     atoms = {(a.residue.index, a.name): a.index for a in tetrapeptide.topology.atoms()}
     for residue in range(1, 5):
@@ -89,7 +89,7 @@ def test_several_molecules_are_refused(tetrapeptide, tmp_path):
     file = tmp_path / "two.pdb"
     with open(file, "w") as handle:
         app.PDBFile.writeFile(modeller.topology, modeller.positions, handle)
-    with pytest.raises(ValueError, match=r"one molecule, got 52 of 104 atoms.*leave out water"):
+    with pytest.raises(ValueError, match=r"got 2 that no bond connects.*leave out water"):
         molecules.molecule_from_pdb(file)
 
 
@@ -99,23 +99,64 @@ def test_what_the_force_field_does_not_know_is_refused(tetrapeptide, tmp_path):
     modeller.delete([a for a in tetrapeptide.topology.atoms() if a.element.symbol == "H"])
     with open(file, "w") as handle:
         app.PDBFile.writeFile(modeller.topology, modeller.positions, handle)
-    with pytest.raises(ValueError, match=r"force_field .* does not fit bare"):
+    with pytest.raises(ValueError, match=r"does not fit bare.*There are no hydrogens: add them"):
         molecules.molecule_from_pdb(file)
 
 
+@pytest.mark.parametrize("sequence", ["XYZ", "", "S", "ALA-FOO"])
+def test_unknown_sequences_are_refused(sequence):
+    with pytest.raises(ValueError, match="sequence must be three-letter codes"):
+        molecules.capped_peptide(sequence)
+
+
 @pytest.mark.parametrize(
-    ("residues", "error"), [(0, ValueError), (2.0, TypeError)], ids=["zero", "float"]
+    ("edit", "message"),
+    [
+        (lambda text: "", "must be a PDB file, got no line of an atom"),
+        (lambda text: "garbled", "must be a PDB file, got no line of an atom"),
+        (lambda text: text.replace("CH3 ACE", "CH3AACE"), "alternate locations"),
+        (lambda text: text[:30] + "   x.000" + text[38:], "cannot be read as a PDB file"),
+        (lambda text: text[:30] + "     nan" + text[38:], "cannot be read|finite coordinates"),
+        (lambda text: text.split("\n", 1)[1], "does not fit mine|that connect ACE are missing"),
+    ],
+    ids=["empty", "garbled", "alternate", "no number", "nan", "missing atom"],
 )
-def test_bad_lengths_are_refused(residues, error):
-    with pytest.raises(error, match="residues must be a positive int"):
-        molecules.capped_alanines(residues)
+def test_bad_files_are_refused(tetrapeptide, tmp_path, edit, message):
+    file = tmp_path / "mine.pdb"
+    write(tetrapeptide, file)
+    lines = [line for line in file.read_text().splitlines() if line.startswith(("ATOM", "HETATM"))]
+    file.write_text(edit("\n".join(lines)))
+    with pytest.raises(ValueError, match=message):
+        molecules.molecule_from_pdb(file)
+
+
+def test_an_unknown_residue_is_named(tetrapeptide, tmp_path):
+    file = tmp_path / "mine.pdb"
+    write(tetrapeptide, file)
+    atoms = [line for line in file.read_text().splitlines() if line.startswith(("ATOM", "HETATM"))]
+    file.write_text("\n".join(atoms).replace("NME", "XYZ"))
+    with pytest.raises(ValueError, match="residue XYZ has no bonds that OpenMM knows"):
+        molecules.molecule_from_pdb(file)
+
+
+def test_one_force_field_file_is_one(tetrapeptide, tmp_path):
+    file = tmp_path / "mine.pdb"
+    write(tetrapeptide, file)
+    molecule = molecules.molecule_from_pdb(file, force_field="amber14-all.xml")
+    assert molecule.system.getNumParticles() == 52
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "..", ""])
+def test_a_name_is_no_path(tetrapeptide, name):
+    with pytest.raises(ValueError, match="name must name a file without a folder"):
+        molecules.Molecule(name, tetrapeptide.system, tetrapeptide.topology, tetrapeptide.positions)
 
 
 def test_a_peptide_has_the_same_start_in_every_process():
     """By which its simulation is found again; Python's generator goes on as if nothing had been."""
     random.seed(1)
-    first = molecules.capped_alanines(2)
+    first = molecules.capped_peptide("ALA-SER")
     expected = random.Random(1).random()
     assert random.random() == expected
     random.seed(2)
-    assert (molecules.capped_alanines(2).positions == first.positions).all()
+    assert (molecules.capped_peptide("ALA-SER").positions == first.positions).all()

@@ -11,6 +11,7 @@ from nflows.transforms.standard import PointwiseAffineTransform
 from p4flows.flows.base import BaseNormal
 
 molecules = pytest.importorskip("p4flows.molecules", reason="needs the extra `molecules`")
+reweighting = pytest.importorskip("p4flows.molecules.reweighting")
 
 WIDER = 1.5
 
@@ -63,7 +64,7 @@ def test_kl_divergences_of_two_gaussians(generator):
     found = molecules.weighted_samples(*generator, 40_000).log_weights
     found[0] = -math.inf
     frames = molecules.log_weights_of(*generator, torch.randn(40_000, 2, dtype=torch.float64))
-    reverse, forward = molecules.kl_divergences(found, frames)
+    reverse, forward = reweighting.kl_divergences(found, frames)
     assert reverse == pytest.approx(WIDER**2 - 1.0 - 2.0 * math.log(WIDER), abs=0.02)
     assert forward == pytest.approx(WIDER**-2 - 1.0 + 2.0 * math.log(WIDER), abs=0.02)
 
@@ -71,16 +72,14 @@ def test_kl_divergences_of_two_gaussians(generator):
 def test_clipping_sets_the_largest_to_the_next():
     log_weights = torch.randn(20_000)
     log_weights[[3, 7]] = torch.tensor([100.0, 200.0])
-    cut = molecules.clipped(log_weights)
+    cut = reweighting.clipped(log_weights)
     assert cut[3] == cut[7] == log_weights.sort().values[-3] == cut.max()
     rest = torch.ones(20_000, dtype=torch.bool)
     rest[[3, 7]] = False
     assert torch.equal(cut[rest], log_weights[rest])
     assert molecules.effective_sample_size(log_weights) < 1e-4
     assert molecules.effective_sample_size(log_weights, clip=1e-4) > 0.2
-    assert torch.equal(molecules.clipped(log_weights, 0.0), log_weights)
-    with pytest.raises(ValueError, match=r"share must be in \[0, 1\), got 1\.0"):
-        molecules.clipped(log_weights, 1.0)
+    assert torch.equal(reweighting.clipped(log_weights, 0.0), log_weights)
 
 
 def test_what_is_not_covered_weighs_nothing(generator):
@@ -111,48 +110,34 @@ def test_infinite_and_undefined_energies_weigh_nothing(generator):
 def test_bootstrap_error_is_that_of_a_mean():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2_000, generator=generator)
-    error = molecules.bootstrap_error(
+    error = reweighting.bootstrap_error(
         lambda a, b: (a.mean() + 0.0 * b.mean()).item(), x, x, resamples=400, generator=generator
     )
     assert error == pytest.approx(x.std().item() / math.sqrt(2_000), rel=0.15)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        ((torch.zeros(3), torch.zeros(4)), {}, r"one positive length, got \[3, 4\]"),
-        ((torch.zeros(0),), {}, r"one positive length, got \[0\]"),
-        ((torch.zeros(3),), {"resamples": 1}, "resamples must be at least 2, got 1"),
-    ],
-)
-def test_what_cannot_be_resampled_is_refused(arguments, options, message):
-    with pytest.raises(ValueError, match=message):
-        molecules.bootstrap_error(lambda *x: 0.0, *arguments, **options)
+def test_numpy_weights_do_as_well():
+    weights = np.log(np.array([0.5, 0.25, 0.25]))
+    assert molecules.effective_sample_size(weights) == pytest.approx(1.0 / 3.0 / 0.375)
+    first = np.array([True, False, False])
+    assert molecules.free_energy_difference(weights, first, ~first) == pytest.approx(0.0)
 
 
-def test_weighted_samples_are_read_by_mdtraj(molecule, frames, tmp_path):
-    log_weights = torch.arange(10.0) + 700.0
-    molecules.save_weighted(molecule, tmp_path / "a.b", frames[:10], log_weights)
-    trajectory, weights = molecules.load_weighted(tmp_path / "a.b")
-    np.testing.assert_allclose(trajectory.xyz.reshape(10, -1), frames[:10], atol=1e-5)
-    np.testing.assert_allclose(weights, torch.softmax(log_weights.double(), 0))
-    with pytest.raises(ValueError, match=r"log_weights must have shape \(10,\), got \(3,\)"):
-        molecules.save_weighted(molecule, tmp_path / "c", frames[:10], log_weights[:3])
+def test_no_weight_at_all_is_a_size_of_zero():
+    assert molecules.effective_sample_size(torch.full((5,), -math.inf)) == 0.0
 
 
 def test_resampled_rows_come_as_often_as_they_weigh():
     generator = torch.Generator().manual_seed(0)
     log_weights = torch.tensor([0.0, math.log(3.0), -math.inf]).repeat(10_000) + 1_000.0
-    rows = molecules.resampled(
+    rows = reweighting.resampled(
         torch.arange(3).repeat(10_000), log_weights, clip=0.0, generator=generator
     )
     counts = torch.bincount(rows, minlength=3) / len(rows)
     torch.testing.assert_close(counts, torch.tensor([0.25, 0.75, 0.0]), rtol=0, atol=0.02)
     # Clipped, a single huge weight does not take all.
     log_weights[0] += 50.0
-    clip = molecules.resampled(torch.arange(30_000), log_weights, generator=generator)
+    clip = reweighting.resampled(torch.arange(30_000), log_weights, generator=generator)
     assert (clip == 0).sum() < 30
-    with pytest.raises(ValueError, match=r"log_weights must have shape \(5,\), got \(3,\)"):
-        molecules.resampled(torch.zeros(5, 2), torch.zeros(3))
-    with pytest.raises(ValueError, match="must have one that is finite, got none"):
-        molecules.resampled(torch.zeros(3), torch.full((3,), -math.inf))
+    with pytest.raises(ValueError, match="no sample has a weight"):
+        reweighting.resampled(torch.zeros(3), torch.full((3,), -math.inf))

@@ -67,6 +67,7 @@ class CachedLayer(RuleBasedStateMachine):
     def replace(self):
         vector = parameters_to_vector(self.layer.parameters())
         vector_to_parameters(vector * -0.9, self.layer.parameters())
+        self.layer.cache.invalidate()  # it writes through `.data`
 
     @rule()
     def load(self):
