@@ -26,7 +26,7 @@ from p4flows.molecules import (
 SWAPS = {
     "p4": "P4Inv",
     "lu": "LULinear",
-    "permutation": "random permutation",
+    "random-halves": "random permutation",
     "halves": "swaps",
 }
 COLUMNS: dict[str, Callable[[Record], float]] = {

@@ -39,6 +39,9 @@ from p4flows.molecules.training import Curve, Training
 
 CLIP = 1e-4  # share of the largest weights
 REFINABLE = 0.2  # with a smaller effective sample size, samples are too few to learn from
+# Steps that a round needs: after 60 the effective sample size of alanine was lower than before.
+_ROUND = 400
+_TRAINED = 0.67  # of the time of a round, which the draws leave
 OVERFITTED = 0.3  # nats between held-out and training frames, from which on frames are missing
 
 
@@ -301,6 +304,8 @@ class BoltzmannGenerator:
                     seed=settings.seed + index + 1,
                 )
                 loop.choose_threads(self.workers if steps is None else 1)
+                # What a round starts from is kept where held-out rows like it best.
+                loop.look()
                 left = max(1.0, seconds - (time.perf_counter() - begin)) / 60.0
                 title = f"round {index + 1} of {rounds}, {temperature:.0f} K"
                 with progress_bar(title, self.progress) as bar:
@@ -365,9 +370,9 @@ class BoltzmannGenerator:
         """All steps within so many minutes, those of earlier calls included.
 
         A third goes to frames and some half of what is left to likelihood. The rest goes to
-        energies, when the effective sample size is in tens of percent or the temperature is to
-        fall; else to more frames, when the training overfitted, and more likelihood. A tenth is
-        left for samples and the report.
+        energies, when the effective sample size is in tens of percent and there is time for rounds
+        of 400 steps, or when the temperature is to fall; else to more frames, if the training
+        overfitted, and more likelihood. A tenth is left for samples and the report.
 
         Args:
             minutes: wall-clock time of all steps.
@@ -383,9 +388,11 @@ class BoltzmannGenerator:
         self.train(minutes=max(0.1 * minutes, share * (end - self.spent("simulation"))))
         size = self.history["ess_of_likelihood"] = self._trial(self.settings.simulated)
         left = max(0.05 * minutes, end - self.spent("simulation", "training", "refinement"))
-        if cold or size >= REFINABLE:
+        step = self.curve[-1].seconds / self.curve[-1].step
+        rounds = min(12 if cold else 8, int(60.0 * left * _TRAINED / (_ROUND * step)))
+        if cold or (size >= REFINABLE and rounds > 1):
             before = copy.deepcopy(self.flow.state_dict())
-            self.refine(minutes=left, rounds=12 if cold else 8)
+            self.refine(minutes=left, rounds=max(2, rounds))
             if not cold and self._trial(self.settings.temperature) < size:
                 self.flow.load_state_dict(before)
                 self.save(self.output / "generator.pt")
@@ -560,7 +567,7 @@ class BoltzmannGenerator:
 
     def _trial(self, temperature: float) -> float:
         """Effective sample size, clipped, of some samples."""
-        return effective_sample_size(self._draw(5_000, temperature).log_weights, clip=CLIP)
+        return effective_sample_size(self._draw(10_000, temperature).log_weights, clip=CLIP)
 
     def _price(self) -> float:
         """Seconds of a sample with its energy."""

@@ -98,7 +98,7 @@ class Training:
             while (before := progress()) < 1.0:
                 self._step(self.span[0] + (self.span[1] - self.span[0]) * before)
                 if int(progress() * _LOOKS) > int(before * _LOOKS):
-                    self._look()
+                    self.look()
                     *_, training, held_out = self.curve[-1]
                     bar.set_postfix_str(f"nats: training {training:.2f}, held out {held_out:.2f}")
                 before_step, now = now, time.perf_counter()
@@ -108,7 +108,7 @@ class Training:
                     self._save()
                     saved = now
             if not self.curve or self.curve[-1].step < self.step:
-                self._look()
+                self.look()
         except KeyboardInterrupt:
             self._save()
             raise
@@ -156,7 +156,8 @@ class Training:
         self.step += 1
 
     @torch.no_grad()
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Note a point of the curve, and the state if held-out rows like it best."""
         self.flow.eval()
         seen = (data[:: max(1, len(data) // _LOOKED_AT)] for data in (self.rows, self.held_out))
         values = [-self.flow.log_prob(data).mean().item() for data in seen]
