@@ -12,18 +12,18 @@ from p4flows.matrices.orthogonal import nearest_orthogonal
 from p4flows.matrices.precision import storage_dtype
 
 
-def orthogonal(module: nn.Module, name: str = "weight", *, rank: int = 1) -> nn.Module:
+def orthogonal(module: nn.Module, name: str = "weight", *, rank: int | None = None) -> nn.Module:
     """Make a weight an `OrthogonalMatrix`, as `torch.nn.utils.parametrizations.orthogonal` does.
 
-    The weight starts as the orthogonal matrix nearest to its value. 2·n·rank numbers are trained in
-    place of n², so build the optimizer afterwards, with a `MergeHook` on it.
+    The weight starts as the orthogonal matrix nearest to its value. Build the optimizer afterwards,
+    with a `MergeHook` on it.
     `torch.nn.utils.parametrize.remove_parametrizations` turns the weight into a plain one again.
 
     Args:
         module: holds the weight; it is changed.
         name: its name; a parameter or buffer of shape `(*batch, n, n)`. Assigning an orthogonal
             tensor to it takes that matrix over.
-        rank: number k of pairs of Householder reflections.
+        rank: number k of columns of u and v; None is n up to 256, then n/16 or 64.
 
     Returns:
         The module.

@@ -87,3 +87,21 @@ def basis_columns(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tens
     columns *= math.sqrt(n) / torch.linalg.vector_norm(columns, dim=-1, keepdim=True)
     along = (a * columns).sum(-1, keepdim=True) / a.square().sum(-1, keepdim=True)
     return (columns - 2.0 * along * a).mT
+
+
+def coordinates(seed: Tensor, counter: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Columns of the identity, dealt in a random order; each draw has different ones.
+
+    Of n columns, n // k draws are dealt before they are shuffled again. Columns have length √n, as
+    those of `basis_columns`; at k = n they stay in order.
+    """
+    n, k = shape
+    if k == n:
+        order = torch.arange(n, device=seed.device).expand(*seed.shape, n)
+    else:
+        in_turn = n // k
+        shuffled = standard_normal(seed, counter // in_turn, (n,)).argsort(-1)
+        first = (counter % in_turn * k).unsqueeze(-1)
+        order = shuffled.gather(-1, first + torch.arange(k, device=seed.device))
+    columns = torch.zeros(*seed.shape, n, k, dtype=torch.float64, device=seed.device)
+    return columns.scatter_(-2, order.unsqueeze(-2), math.sqrt(n))

@@ -75,18 +75,6 @@ def norm_1(matrix: Tensor) -> Tensor:
     return torch.stack(parts).sum(0).amax(-1).double()
 
 
-def compact_wy(w: Tensor) -> Tensor:
-    """The triangular factor T of a product of Householder reflections, H(w₁)···H(w_m) = I − W T Wᵀ.
-
-    With H(a) = I − 2 a aᵀ/aᵀa, T⁻¹ is the upper triangle of WᵀW with half of its diagonal (Joffrain
-    et al., "Accumulating Householder transformations, revisited", 2006).
-    """
-    gram = w.mT @ w
-    halved = gram.triu() - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    return torch.linalg.solve_triangular(halved, identity, upper=True)
-
-
 def newton_schulz(matrix: Tensor) -> Tensor:
     """One step towards the nearest orthogonal matrix (the polar factor), X + X·(I − XᵀX)/2."""
     return matrix + matrix @ residual(matrix.mT, matrix) / 2

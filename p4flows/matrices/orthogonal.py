@@ -1,10 +1,20 @@
-"""OrthogonalMatrix: the P4 concept with pairs of Householder reflections (Section 2.1)."""
+"""OrthogonalMatrix: the P4 concept with the Cayley map (Section 2.1)."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from p4flows.arguments import check_positive_int
 from p4flows.matrices.derived import derivations
-from p4flows.matrices.linear_algebra import add_product, compact_wy, newton_schulz, residual
+from p4flows.matrices.directions import coordinates
+from p4flows.matrices.linear_algebra import (
+    add_product,
+    inverse_small,
+    newton_schulz,
+    plus_identity,
+    residual,
+)
 from p4flows.matrices.merge import Merged, State, probe
 from p4flows.matrices.perturbed import PerturbedMatrix
 from p4flows.matrices.precision import full_precision
@@ -13,18 +23,37 @@ from p4flows.matrices.rows import for_each_row
 # Two Newton–Schulz steps take an error of this size to 1e-9; beyond it, an SVD is the way.
 _NEARLY_ORTHOGONAL = 1e-2
 
+# Beyond this size v is shorter, so that one learning rate serves all sizes.
+_UNSCALED_UP_TO = 192
+
+
+def default_rank(size: int) -> int:
+    """The rank without further arguments: n up to 256, n/16 but no less than 64 beyond.
+
+    Args:
+        size: n.
+
+    Returns:
+        The rank.
+
+    Example:
+        >>> [default_rank(n) for n in (2, 64, 256, 1024)]
+        [2, 64, 256, 64]
+    """
+    return size if size <= 256 else max(64, size // 16)
+
 
 class OrthogonalMatrix(PerturbedMatrix):
-    """Orthogonal matrices, perturbed by k pairs of Householder reflections (Section 2.1).
+    """Orthogonal matrices, perturbed by the Cayley map of a skew-symmetric matrix (Section 2.1).
 
-    With H(a) = I − 2 a aᵀ/aᵀa,
+    With S = (u vᵀ − v uᵀ)/2,
 
-        Ã = Q A,  Q = Π_j H(v_j + ‖v_j‖² u_j/4) H(v_j):
+        Ã = Q A,  Q = (I − S/2)⁻¹ (I + S/2),
 
-    a pair turns the plane of u_j and v_j, by 2·atan(‖u_j‖·‖v_j‖/4) where u_j ⊥ v_j. It is the
-    identity at u = 0, and Q = I + Σ_j (u_j v_jᵀ − v_j u_jᵀ)/2 to first order. Due to the factor
-    ‖v_j‖²/4, a step of gradient descent on u at rate η is, averaged over v, the step
-    Q = I − η·skew(∂J/∂A · Aᵀ) of Riemannian gradient descent on A.
+    the identity at u = 0, and Q = I + S to first order. v is not trained: its columns are multiples
+    of those of the identity, dealt in a random order, and all of them at rank n, where S is any
+    skew-symmetric matrix and an optimizer's state survives every merge. A merge makes Ã the new
+    centre of the Cayley map, far from which the map learns slowly.
 
     The inverse is the transpose, ln|det| is 0 and no perturbation changes the sign of the
     determinant. Nothing is ill-conditioned, so no merge is skipped or forced.
@@ -32,7 +61,7 @@ class OrthogonalMatrix(PerturbedMatrix):
     Args:
         size: n.
         batch_shape: a batch of independent matrices.
-        rank: number k of pairs, columns of u and v.
+        rank: number k of columns of u and v; None is n up to 256, then n/16 or 64.
         init: see `PerturbedMatrix`; orthogonal, and rounding errors in it are corrected.
         device: where; by default that of init, or torch's default device.
         dtype: by default that of init, or torch's default dtype.
@@ -61,39 +90,66 @@ class OrthogonalMatrix(PerturbedMatrix):
 
     _derived = ("sign",)
     _derivation = "orthogonal"
+    _deals_basis = True
+    _trains_v = False
 
     def __init__(
         self,
         size: int,
         *,
         batch_shape: tuple[int, ...] = (),
-        rank: int = 1,
+        rank: int | None = None,
         init: str | Tensor = "identity",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_positive_int("size", size)
+        self._scale = math.sqrt(min(1.0, _UNSCALED_UP_TO / size))
+        rank = default_rank(size) if rank is None else rank
         super().__init__(size, batch_shape, rank, init, device, dtype)
+        self.v.requires_grad_(False)
+
+    def _directions(self, seed: Tensor, draws: Tensor) -> Tensor:
+        return coordinates(seed, draws, (self.size, self.rank))
+
+    @property
+    def _keeps_v(self) -> bool:
+        return self.rank == self.size
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         (frozen,) = self._current("frozen")
-        w, t = _reflections(*self._factors()[1:])
-        y = x @ frozen.mT
-        y = y - (y @ w) @ (w @ t).mT
+        if self._keeps_v:
+            y = x @ self._turned(frozen).mT
+        else:
+            left, right = _turn(*self._factors()[1:])
+            z = x @ frozen.mT
+            y = z + (z @ right.mT) @ left.mT
         y = y if bias is None else y + bias.unsqueeze(-2)
         return y, for_each_row(torch.zeros_like(self.sign), x)
 
     def _solve(self, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         (frozen,) = self._current("frozen")
-        w, t = _reflections(*self._factors()[1:])
         x = y if bias is None else y - bias.unsqueeze(-2)
-        return (x - (x @ (w @ t)) @ w.mT) @ frozen, for_each_row(torch.zeros_like(self.sign), y)
+        if self._keeps_v:
+            x = x @ self._turned(frozen)
+        else:
+            left, right = _turn(*self._factors()[1:])
+            x = (x + (x @ left) @ right) @ frozen
+        return x, for_each_row(torch.zeros_like(self.sign), y)
+
+    def _turned(self, frozen: Tensor) -> Tensor:
+        """Q A."""
+        _, u, v = self._factors()
+        if self._keeps_v:
+            return 2.0 * (_centre(u, v) @ frozen) - frozen
+        left, right = _turn(u, v)
+        return frozen + left @ (right @ frozen)
 
     def dense(self) -> Tensor:
         """Ã = Q A, shape `(*batch_shape, n, n)`."""
         with full_precision(self.frozen.device):
             (frozen,) = self._current("frozen")
-            w, t = _reflections(*self._factors()[1:])
-            return frozen - (w @ t) @ (w.mT @ frozen)
+            return self._turned(frozen)
 
     def inverse(self) -> Tensor:
         """Ã⁻¹ = Ãᵀ, shape `(*batch_shape, n, n)`."""
@@ -156,12 +212,16 @@ class OrthogonalMatrix(PerturbedMatrix):
     def _merged(self, state: State, candidates: Tensor, force: bool) -> Merged:
         """A ← Q A, followed by a probe of what it leaves."""
         frozen = state["frozen"]
-        w, t = _reflections(*(state[name].to(frozen.dtype) for name in ("u", "v")))
-        left, right = w @ t, w.mT @ frozen
-        merged = candidates & (left.isfinite() & right.mT.isfinite()).flatten(-2).all(-1)
-        column = merged[..., None, None]
-        left, right = (torch.where(column, factor, 0.0) for factor in (left, right))
-        new = add_product(frozen, left, right, alpha=-1.0)
+        # Factors in float64, so that only the products with A round.
+        u, v = (state[name].double() for name in ("u", "v"))
+        if self._keeps_v:
+            left = 2.0 * _centre(u, v) - torch.eye(self.size, dtype=u.dtype, device=u.device)
+            new = left.to(frozen.dtype) @ frozen
+        else:
+            left, right = _turn(u, v)
+            new = add_product(frozen, left.to(frozen.dtype), right.to(frozen.dtype) @ frozen)
+        merged = candidates & left.isfinite().flatten(-2).all(-1)
+        new = torch.where(merged[..., None, None], new, frozen)
         off, condition = probe(new, new.mT, state["draws"])
         rounding = self.size * torch.finfo(frozen.dtype).eps * condition
         # Written so that NaN is off. Without the tolerance of other matrices: ‖A‖₁·‖Aᵀ‖₁ grows with
@@ -174,11 +234,20 @@ class OrthogonalMatrix(PerturbedMatrix):
         return Merged({"frozen": new}, merged, forced, corrected, rescued, condition)
 
 
-def _reflections(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """W of shape `(*batch, n, 2k)` and T with Q = I − W T Wᵀ."""
-    scale = v.square().sum(-2, keepdim=True) / 4
-    w = torch.stack([v + scale * u, v], dim=-1).flatten(-2)
-    return w, compact_wy(w)
+def _centre(u: Tensor, v: Tensor) -> Tensor:
+    """(I − S/2)⁻¹ by n × n matrices: Q is twice that, minus I."""
+    half = u @ v.mT / 4
+    return inverse_small(plus_identity(half.mT - half))
+
+
+def _turn(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """L and R with Q = I + L R, of shapes (*batch, n, 2k) and (*batch, 2k, n), by Woodbury.
+
+    With S/2 = P R, Q = (I − P R)⁻¹ (I + P R) = I + 2 P (I − R P)⁻¹ R.
+    """
+    p = torch.cat([u, -v], dim=-1) / 4
+    right = torch.cat([v, u], dim=-1).mT
+    return 2.0 * p @ inverse_small(plus_identity(-right @ p)), right
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:

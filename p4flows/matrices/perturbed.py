@@ -589,11 +589,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
     def _restarted(self, state: State, where: Tensor) -> State:
         """u = 0 and v drawn again for the matrices in `where`."""
         seed, draws, v = state["seed"], state["draws"], state["v"]
-        shape = (self.size, self.rank)
-        if not self._is_basis:
-            fresh = standard_normal(seed, draws, shape)
-        else:
-            fresh = basis_columns(seed, torch.zeros_like(draws) if self._keeps_v else draws, shape)
+        fresh = self._directions(seed, torch.zeros_like(draws) if self._keeps_v else draws)
         fresh = (fresh * (self._scale / math.sqrt(self.rank))).to(v.dtype)
         column = where[..., None, None]
         return {
@@ -601,6 +597,11 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             "v": torch.where(column, fresh, v),
             "draws": draws + where,
         }
+
+    def _directions(self, seed: Tensor, draws: Tensor) -> Tensor:
+        """Columns of length √n in the mean, float64."""
+        draw = basis_columns if self._is_basis else standard_normal
+        return draw(seed, draws, (self.size, self.rank))
 
     @torch.no_grad()
     def _draw_as(self, basis: bool) -> None:

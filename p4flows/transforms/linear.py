@@ -262,14 +262,14 @@ class P4InvTransform(PerturbedLinear):
 
 
 class P4OrthogonalTransform(PerturbedLinear):
-    """Linear layer with an orthogonal matrix, trained by pairs of Householder reflections.
+    """Linear layer with an orthogonal matrix, trained by Cayley maps around it.
 
-    A is frozen, u and v (2·n·rank numbers) and the bias are trained; a `MergeHook` on the optimizer
-    carries them into A (Section 2.1). Training reaches the component of O(n) that `init` lies in.
+    A is frozen, u (n·rank numbers) and the bias are trained; a `MergeHook` on the optimizer carries
+    u into A (Section 2.1). Training reaches the component of O(n) that `init` lies in.
 
     Args:
         features: n.
-        rank: number k of pairs of reflections.
+        rank: number k of columns of u and v; None is n up to 256, then n/16 or 64.
         init: see `PerturbedMatrix`; orthogonal.
         bias: whether to add a trainable b.
         using_cache: in eval mode and without gradients, form Ã once and use one matrix product.
@@ -301,7 +301,7 @@ class P4OrthogonalTransform(PerturbedLinear):
         self,
         features: int,
         *,
-        rank: int = 1,
+        rank: int | None = None,
         init: str | Tensor = "identity",
         bias: bool = True,
         using_cache: bool = False,
