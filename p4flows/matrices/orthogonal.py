@@ -161,7 +161,7 @@ class OrthogonalMatrix(PerturbedMatrix):
         return sign, torch.zeros_like(sign)
 
     def penalty(self) -> Tensor:
-        """Zero, shape `batch_shape`: no product of reflections is ill-conditioned."""
+        """Zero, shape `batch_shape`: no Cayley map is ill-conditioned."""
         return torch.zeros_like(self.sign)
 
     def correct(self) -> Tensor:
