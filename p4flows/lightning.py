@@ -105,7 +105,7 @@ class FlowModule(lightning.LightningModule):
         # What `fit` adds.
         self.begin, self.steps, self.stopped = time.perf_counter(), 0, ""
         self.settings: dict[str, str] = {}
-        self.generators: list[torch.Generator] = []
+        self.generator: torch.Generator | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes here which hook it calls, many times a step, and nn.Module takes long.
@@ -203,7 +203,8 @@ class FlowModule(lightning.LightningModule):
             generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
-        return [torch.default_generator, *self.generators, *torch.cuda.default_generators]
+        own = [] if self.generator is None else [self.generator]
+        return [torch.default_generator, *own, *torch.cuda.default_generators]
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str:
@@ -477,12 +478,12 @@ def fit(
 
     module = FlowModule(flow, **options)
     module.steps = max_steps or max_epochs * len(loader)
-    module.generators = [each for each in [getattr(data, "generator", None)] if each is not None]
+    module.generator = getattr(data, "generator", None)
     module.settings = {name: _text(value) for name, value in given.items() if name not in _FREE}
     module.settings |= {n: f"{tuple(x.shape)} {x.dtype}" for n, x in flow.state_dict().items()}
     saved: dict[str, Any] = {}
     folder = Path(checkpoint) if checkpoint else None
-    if folder is not None:
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
     if folder and _files(folder):
         newest, state = _newest(folder)
@@ -496,9 +497,8 @@ def fit(
     else:
         own: list[lightning.Callback] = [*callbacks, _saver(folder, checkpoint_every, loader)]
         if patience:
-            # Before a checkpoint is written, which has to know of it.
-            early = {"patience": patience, "check_on_train_epoch_end": False}
-            own.append(ready.EarlyStopping("validation", **early))
+            early: Any = {"patience": patience, "check_on_train_epoch_end": False}
+            own.append(ready.EarlyStopping("validation", **early))  # before a checkpoint
         if progress and not any(isinstance(each, ready.ProgressBar) for each in callbacks):
             own.append(ready.TQDMProgressBar(refresh_rate=50))
         if isinstance(held_out, tuple):
@@ -527,7 +527,7 @@ def fit(
             module.stopped = "stopped by a callback"
             if trainer.global_step == module.steps:
                 module.stopped = f"max_steps={module.steps} reached"
-            elif isinstance(early, ready.EarlyStopping) and early.wait_count >= early.patience:
+            elif early is not None and early.wait_count >= early.patience:
                 module.stopped = f"no better validation in {early.patience} epochs"
             if folder:
                 trainer.save_checkpoint(folder / "last.ckpt")

@@ -431,7 +431,7 @@ def test_other_flows_train():
     flow, result = fit(flow, (rows, context), **options)
     assert result.validation[-1] < result.validation[0] - 0.5 and result.merges is None
     assert flow(context).log_prob(rows).shape == (500,)
-    with pytest.raises(ValueError, match="standardize=True needs .* a Flow of nflows"):
+    with pytest.raises(ValueError, match=r"standardize=True needs .* a Flow of nflows"):
         fit(flow, (rows, context), standardize=True, **options)
 
 
