@@ -76,7 +76,7 @@ def run(seed: int, **arguments: Any) -> torch.Tensor:
 
 
 def killed_fits(kills: int) -> Iterator[Result | None]:
-    """SIGKILL in the middle of training, every other time before a checkpoint gets its name."""
+    """SIGKILL in the middle of training, every other time while a checkpoint is written."""
     expected = run(0)
     differing = killed = 0
     for index in range(kills):
@@ -102,16 +102,16 @@ def killed_fits(kills: int) -> Iterator[Result | None]:
 def _train_until_killed(path: Path, ready: Path, index: int) -> None:
     """In a process of its own; tells by a file when the moment has come, and goes on."""
     try:
-        replace, steps = os.replace, 10 + 2 * index
-        renames = 0
+        save, steps = torch.save, 10 + 2 * index
+        saves = 0
 
-        def slow(source: Any, target: Any) -> None:
-            nonlocal renames
-            renames += 1
-            if index % 2 and renames > index:
+        def slow(*arguments: Any) -> None:
+            nonlocal saves
+            saves += 1
+            if index % 2 and saves > index:
                 ready.touch()
                 time.sleep(60.0)
-            replace(source, target)
+            save(*arguments)
 
         def loss(flow: nn.Module, batch: torch.Tensor) -> torch.Tensor:
             nonlocal steps
@@ -122,7 +122,7 @@ def _train_until_killed(path: Path, ready: Path, index: int) -> None:
                 time.sleep(0.002)
             return -flow.log_prob(batch).mean()
 
-        os.replace = slow
+        torch.save = slow
         loss.__qualname__ = negative_log_likelihood.__qualname__
         run(0, checkpoint=path, loss=loss)
         ready.touch()
@@ -179,20 +179,20 @@ def faults_of_fit() -> Iterator[Result | None]:
         yield None
 
         shutil.rmtree(path)
-        fsync, calls = os.fsync, 0
+        save, calls = torch.save, 0
 
-        def full(descriptor: int) -> None:
+        def full(*arguments: Any) -> None:
             nonlocal calls
             calls += 1
             if calls == 6:
                 raise OSError(errno.ENOSPC, "no space left on device")
-            fsync(descriptor)
+            save(*arguments)
 
-        os.fsync = full
+        torch.save = full
         try:
             expect(_raises(OSError, lambda: run(0, checkpoint=path)), "no error of the disk")
         finally:
-            os.fsync = fsync
+            torch.save = save
         expect(torch.equal(run(0, checkpoint=path), expected), "after a full disk")
         yield None
 

@@ -52,7 +52,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(tmp_path, monkeypatch)
         example.train(
             Stops(), example.MODELS["p4inv"], example.PRESETS["short"], 0, checkpoint, False
         )
-    assert (checkpoint / "last.ckpt").exists()
+    assert any(checkpoint.glob("*.ckpt"))
     record = run("p4inv", tmp_path)
     assert record["kl_nats"] == whole["kl_nats"]
 
