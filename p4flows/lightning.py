@@ -204,8 +204,9 @@ class FlowModule(lightning.LightningModule):
         self.losses, self.validations = saved["losses"].tolist(), saved["validations"]
         self.best = saved["best"] if self.validations else None
         self.begin = time.perf_counter() - saved["seconds"]
-        for generator, state in zip(self._generators(), saved["random"], strict=False):
-            generator.set_state(state)
+        if self.trainer.world_size == 1:  # of several, each has its own
+            for generator, state in zip(self._generators(), saved["random"], strict=False):
+                generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
         own = [] if self.generator is None else [self.generator]
