@@ -107,6 +107,7 @@ class FlowModule(lightning.LightningModule):
         self.begin, self.steps, self.stopped = time.perf_counter(), 0, ""
         self.settings: dict[str, str] = {}
         self.generator: torch.Generator | None = None
+        self.random: list[Tensor] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes here which hook it calls, many times a step, and nn.Module takes long.
@@ -163,6 +164,8 @@ class FlowModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         """Stop a run that has all its steps."""
         self.on_train_batch_end()
+        if self.trainer.fit_loop.restarted_mid_epoch:  # a new iterator may have drawn numbers
+            self._restore_random()
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Stop by hand: at `Trainer(max_steps=)` it neither validates nor resumes exactly."""
@@ -204,8 +207,12 @@ class FlowModule(lightning.LightningModule):
         self.losses, self.validations = saved["losses"].tolist(), saved["validations"]
         self.best = saved["best"] if self.validations else None
         self.begin = time.perf_counter() - saved["seconds"]
+        self.random = saved["random"]
+        self._restore_random()
+
+    def _restore_random(self) -> None:
         if self.trainer.world_size == 1:  # of several, each has its own
-            for generator, state in zip(self._generators(), saved["random"], strict=False):
+            for generator, state in zip(self._generators(), self.random, strict=False):
                 generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
