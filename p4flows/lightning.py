@@ -39,6 +39,7 @@ AnyFlow = TypeVar("AnyFlow", bound=nn.Module)
 # The map of `fit(standardize=True)`, in the state of a flow.
 _SHIFT, _SCALE = "_transform._transforms.0._shift", "_transform._transforms.0._scale"
 # Arguments of `fit` that a resumed run may change.
+_OPTIONS = ("loss", "learning_rate", "optimizer", "schedule", "hook", "average")
 _FREE = {"flow", "checkpoint", "checkpoint_every", "progress", "callbacks", "logger", "options"}
 
 
@@ -106,6 +107,7 @@ class FlowModule(lightning.LightningModule):
         self.begin, self.steps, self.stopped = time.perf_counter(), 0, ""
         self.settings: dict[str, str] = {}
         self.generator: torch.Generator | None = None
+        self.random: list[Tensor] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes here which hook it calls, many times a step, and nn.Module takes long.
@@ -159,9 +161,15 @@ class FlowModule(lightning.LightningModule):
         if self.averaged is not None:
             self.averaged.update_parameters(self.flow)
 
+    def on_train_start(self) -> None:
+        """Stop a run that has all its steps."""
+        self.on_train_batch_end()
+        if self.trainer.fit_loop.restarted_mid_epoch:  # a new iterator may have drawn numbers
+            self._restore_random()
+
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Stop by hand: at `Trainer(max_steps=)` it neither validates nor resumes exactly."""
-        self.trainer.should_stop |= self.global_step == self.steps
+        self.trainer.should_stop |= 0 < self.steps <= self.global_step
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The loss of a batch; the mean over rows is logged as "validation"."""
@@ -199,8 +207,13 @@ class FlowModule(lightning.LightningModule):
         self.losses, self.validations = saved["losses"].tolist(), saved["validations"]
         self.best = saved["best"] if self.validations else None
         self.begin = time.perf_counter() - saved["seconds"]
-        for generator, state in zip(self._generators(), saved["random"], strict=False):
-            generator.set_state(state)
+        self.random = saved["random"]
+        self._restore_random()
+
+    def _restore_random(self) -> None:
+        if self.trainer.world_size == 1:  # of several, each has its own
+            for generator, state in zip(self._generators(), self.random, strict=False):
+                generator.set_state(state)
 
     def _generators(self) -> list[torch.Generator]:
         own = [] if self.generator is None else [self.generator]
@@ -380,13 +393,19 @@ def load_flow(checkpoint: str | os.PathLike[str], flow: AnyFlow) -> AnyFlow:
     return flow.eval()
 
 
-def _saver(folder: Path | None, every: int, loader: Any) -> ready.ModelCheckpoint:
+class _Saver(ready.ModelCheckpoint):
     """Keeps the newest two; within an epoch only where the loader can go on from there."""
-    often: Any = {"every_n_epochs": -(-every // len(loader))}
-    if hasattr(loader, "state_dict"):
-        often = {"every_n_train_steps": every, "save_on_train_epoch_end": False}
-    kept: Any = {"monitor": "step", "mode": "max", "save_top_k": 2 if folder else 0}
-    return ready.ModelCheckpoint(folder, "{step}", enable_version_counter=False, **kept, **often)
+
+    def __init__(self, folder: Path | None, every: int, loader: Any) -> None:
+        often: Any = {"every_n_epochs": -(-every // len(loader))}
+        if hasattr(loader, "state_dict"):
+            often = {"every_n_train_steps": every, "save_on_train_epoch_end": False}
+        kept: Any = {"monitor": "step", "mode": "max", "save_top_k": 2 if folder else 0}
+        super().__init__(folder, "{step}", enable_version_counter=False, **kept, **often)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+        if trainer.global_step < module.steps:  # else there is a validation to come
+            super().on_train_batch_end(trainer, module, *arguments)
 
 
 def fit(
@@ -447,7 +466,7 @@ def fit(
         >>> result.steps, result.stopped
         (20, 'max_steps=20 reached')
     """
-    given = {**locals(), **options}
+    given = locals()
     for name in ("max_steps", "max_epochs", "patience", "batch_size", "steps_per_epoch"):
         if given[name] is not None:
             check_positive_int(name, given[name])
@@ -479,6 +498,7 @@ def fit(
     module = FlowModule(flow, **options)
     module.steps = max_steps or max_epochs * len(loader)
     module.generator = getattr(data, "generator", None)
+    given |= {name: getattr(module, name) for name in _OPTIONS}
     module.settings = {name: _text(value) for name, value in given.items() if name not in _FREE}
     module.settings |= {n: f"{tuple(x.shape)} {x.dtype}" for n, x in flow.state_dict().items()}
     saved: dict[str, Any] = {}
@@ -495,7 +515,7 @@ def fit(
     if saved and saved["stopped"]:
         saved["stopped"] = f"already at step {len(saved['losses'])}"
     else:
-        own: list[lightning.Callback] = [*callbacks, _saver(folder, checkpoint_every, loader)]
+        own: list[lightning.Callback] = [*callbacks, _Saver(folder, checkpoint_every, loader)]
         if patience:
             early: Any = {"patience": patience, "check_on_train_epoch_end": False}
             own.append(ready.EarlyStopping("validation", **early))  # before a checkpoint

@@ -152,6 +152,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, tmp_path):
     with pytest.warns(UserWarning, match=r"step=7\.ckpt is damaged"):
         resumed = train(start=1, checkpoint=tmp_path)
     assert_same(resumed, train())
+    damage(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged"):
+        assert_same(train(start=1, checkpoint=tmp_path), resumed)
     for file in tmp_path.glob("*.ckpt"):
         damage(file)
     with (
@@ -252,9 +255,9 @@ def test_a_large_gradient_is_finite():
         ({"data": draw}, "data was .* and is <function draw"),
         ({"flow": bent_stacked_flow(2, 3)}, "_transform.*bias was .* and is"),
         ({"flow": bent_stacked_flow(2, 2).double()}, r"torch\.float32 and is .* torch\.float64"),
-        ({"learning_rate": 0.1}, r"learning_rate was None and is 0\.1"),
+        ({"learning_rate": 0.1}, r"learning_rate was 0\.001 and is 0\.1"),
         ({"max_steps": 20}, f"max_steps was {STEPS} and is 20"),
-        ({"hook": True}, "hook was MergeHook.* every=3.* and is True"),
+        ({"hook": True}, "hook was MergeHook.* every=3.* and is MergeHook.* every=50"),
         ({"average": 0.9}, "average was None and is 0.9"),
         ({"validation": 0.2}, "validation was 0.1 and is 0.2"),
         ({"standardize": True}, "standardize was False and is True"),
