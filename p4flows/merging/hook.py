@@ -1,6 +1,7 @@
 """MergeHook: decides when perturbed matrices merge, from inside the optimizer's step."""
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from collections import defaultdict
@@ -282,6 +283,8 @@ class MergeHook:
         self._attached: weakref.WeakKeyDictionary[Optimizer, _Attached] = (
             weakref.WeakKeyDictionary()
         )
+        # Optimizers of other threads are heard of as well.
+        self._lock = threading.Lock()
         self._is_loaded = False
         self._is_prepared = False
         self._comparison: Comparison | None = None
@@ -383,8 +386,10 @@ class MergeHook:
                 optimizer, trained[0], self.state_dict, self._take_over_from_optimizer
             )
             self._is_loaded = False
-        self._attached[optimizer] = _Attached(layout_of(optimizer), saved, around)
-        return self._attached[optimizer]
+        attached = _Attached(layout_of(optimizer), saved, around)
+        with self._lock:
+            self._attached[optimizer] = attached
+        return attached
 
     def _after_own_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._after_step(optimizer)
@@ -453,7 +458,9 @@ class MergeHook:
             row = ... if len(group) == 1 else index
             before = {name: value[row] for name, value in report.before.items()}
             outcome = MergeOutcome(*(mask[row] for mask in report.outcome))
-            for optimizer, attached in self._attached.items():
+            with self._lock:
+                known = list(self._attached.items())
+            for optimizer, attached in known:
                 if attached.saved is not None:
                     around = [found for each in attached.around if (found := each()) is not None]
                     follow_merge([*around, optimizer], matrix, before, outcome, self._paper)

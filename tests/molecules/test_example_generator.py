@@ -18,7 +18,7 @@ def test_what_mixes_is_compared_on_the_same_frames(tmp_path, monkeypatch, in_thi
         "simulate",
         lambda self, frames: simulate(self, frames=frames, chunk=60),
     )
-    records = [mixing.train("ALA", swap, 0, 3, 60, tmp_path) for swap in ("p4", "permutation")]
+    records = [mixing.train("ALA", swap, 0, 3, 60, tmp_path) for swap in ("p4", "random-halves")]
     assert records[0]["held_out"] != records[1]["held_out"]
     lines = mixing.summary(records).splitlines()
     assert lines[2].startswith(f"| P4Inv | 1 | {records[0]['held_out']:.3f} | ")
