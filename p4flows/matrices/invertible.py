@@ -352,9 +352,9 @@ derivations["relative"] = _relative_by_lu
 
 
 def _settle(state: State, new: State, doubtful: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute doubtful inverses anew; what is singular to working precision stays as it was.
+    """Derive doubtful inverses again; what is singular to working precision stays as it was.
 
-    Writes into `new` and `condition`, and returns masks of what was computed anew and what of it
+    Writes into `new` and `condition`, and returns masks of what was derived again and what of it
     had been lost.
     """
     a = new["frozen"][doubtful]
