@@ -21,7 +21,7 @@ class _Cache(LinearCache):
 
     def follow(self, matrix: PerturbedMatrix) -> None:
         """Empty the cache when the matrix is another one."""
-        matrix._refresh()
+        matrix._refresh(thorough=False)
         tensors = [*matrix.parameters(), *matrix.buffers()]
         key = (
             # What is cached in inference mode cannot be used outside of it.
@@ -50,8 +50,8 @@ class PerturbedLinear(Linear):
         bias: whether to add a trainable b.
         using_cache: nflows' switch: in eval mode and without gradients, form Ã once and use one
             matrix product for a batch. The cache notices merges, optimizer steps, `.to()`,
-            `load_state_dict` and every other write but one to u through `.data`: call
-            `cache.invalidate()` after that.
+            `load_state_dict` and every other write but those through `.data`: call
+            `cache.invalidate()` after them.
     """
 
     matrix: PerturbedMatrix
