@@ -239,7 +239,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             bias: b, shape `(*batch_shape, n)`, or None.
 
         Returns:
-            Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`. Cost O(n²N).
+            Ã x + b of the shape of x and ln|det Ã| of shape `(*batch_shape, N)`.
         """
         return self._pass(self._multiply, x, bias)
 
@@ -251,7 +251,7 @@ class PerturbedMatrix(nn.Module, abc.ABC):
             bias: b, shape `(*batch_shape, n)`, or None.
 
         Returns:
-            Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`. Cost O(n²N).
+            Ã⁻¹ (y − b) of the shape of y and −ln|det Ã| of shape `(*batch_shape, N)`.
         """
         return self._pass(self._solve, y, bias)
 

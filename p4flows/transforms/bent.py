@@ -18,7 +18,7 @@ class BentIdentity(Transform):
     Both, and the logarithms of both slopes, are exact to a few units in the last place over the
     whole range of the dtype: written as above, they cancel at zero and x² overflows.
 
-    Cost: O(DN), no parameters.
+    Cost: O(nN) for N rows of n features, no parameters.
 
     Example:
         >>> bent = BentIdentity()

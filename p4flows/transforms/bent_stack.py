@@ -41,7 +41,7 @@ class BentStack(Transform):
 
     Under `torch.autocast` all of it is computed in the dtype of the parameters.
 
-    Cost: forward and inverse O(blocks·D²N), logabsdet O(blocks·D²). Without gradients the memory
+    Cost: forward and inverse O(blocks·(n²N + n²k + k³)) at rank k. Without gradients the memory
     does not grow with the number of blocks, nor beyond inputs and outputs with N.
 
     Example:

@@ -33,8 +33,8 @@ class P4OneByOneConvolution(P4InvTransform):
         TypeError: when an argument has the wrong type.
         ValueError: as for `P4InvTransform`.
 
-    Cost: forward and inverse O(n²) a pixel, logabsdet O(n²), merge O(n²). Images in
-    `torch.channels_last` are read without a copy, and so are the outputs laid out.
+    Cost: that of `P4InvTransform`, with every pixel a row. Images in `torch.channels_last` are read
+    without a copy, and so are the outputs laid out.
 
     Example:
         >>> import torch

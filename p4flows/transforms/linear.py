@@ -71,7 +71,7 @@ class PerturbedLinear(Linear):
             context: accepted and ignored, as by every nflows linear layer.
 
         Returns:
-            y of shape `(N, features)` and ln|det Ã| repeated to shape `(N,)`. Cost O(D²N).
+            y of shape `(N, features)` and ln|det Ã| repeated to shape `(N,)`.
 
         Raises:
             TypeError: when the inputs are not a floating-point tensor, or of another dtype than the
@@ -85,7 +85,7 @@ class PerturbedLinear(Linear):
         return self.forward_no_cache(inputs)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = Ã⁻¹ (y − b) and −ln|det Ã|; shapes, cost and errors as for `forward`."""
+        """x = Ã⁻¹ (y − b) and −ln|det Ã|; shapes and errors as for `forward`."""
         check_rows(inputs, self.features)
         if self._cache_applies(inputs):
             self._check_inverse_cache()
@@ -94,23 +94,23 @@ class PerturbedLinear(Linear):
         return self.inverse_no_cache(inputs)
 
     def forward_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
+        """As `forward`, without the cache."""
         return self.matrix.multiply_and_logabsdet(inputs, self.bias)
 
     def inverse_no_cache(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As `inverse`, through the perturbation: no n × n matrix is formed. Cost O(D²N)."""
+        """As `inverse`, without the cache."""
         return self.matrix.solve_and_logabsdet(inputs, self.bias)
 
     def weight(self) -> Tensor:
-        """Ã, shape `(features, features)`. Cost O(D²)."""
+        """Ã, shape `(features, features)`. Cost O(n²k + k³) at rank k."""
         return self.matrix.dense()
 
     def weight_inverse(self) -> Tensor:
-        """Ã⁻¹, shape `(features, features)`. Cost O(D²)."""
+        """Ã⁻¹, shape `(features, features)`. Cost O(n²k + k³) at rank k."""
         return self.matrix.inverse()
 
     def logabsdet(self) -> Tensor:
-        """ln|det Ã|, shape `()`. Cost O(D²)."""
+        """ln|det Ã|, shape `()`. Cost O(nk² + k³) at rank k."""
         return self.matrix.slogdet()[1]
 
     @torch.no_grad()
@@ -285,7 +285,8 @@ class P4OrthogonalTransform(PerturbedLinear):
         ValueError: when features or rank are out of range, or init is of another shape, not finite
             or not orthogonal.
 
-    Cost: forward and inverse O(D²N), logabsdet O(1), merge O(D²).
+    Cost: a training step O(n²N + n²k + k³) for N rows at rank k, logabsdet O(1), a merge
+    O(n²k + k³).
 
     Example:
         >>> layer = P4OrthogonalTransform(3)
